@@ -1,0 +1,1 @@
+"""The seats of a dialogue: messages in, an action out."""

@@ -1,0 +1,1 @@
+"""How a language model sees: one file per paper, its loss beside it."""

@@ -1,0 +1,1 @@
+"""Reasoning graphs as LangGraph state machines, and how they are played."""

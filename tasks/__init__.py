@@ -1,0 +1,1 @@
+"""Problems and their scoring. Imports nothing else of ours."""
