@@ -1,0 +1,1 @@
+"""How the shipped policies are made from nothing: tokenizer, small configs, and one command for each policy."""

@@ -1,0 +1,133 @@
+"""Endless practice for the starter policies: pictures to patches, dialogues to ids and masks. Same seed, same stream.
+
+B sequences, T tokens, N patches of a picture (36), P pixel values of a patch, C picture side.
+
+The layout of a sequence is that of ``monologue.agents.codec.TinyCodec``; a test holds the two equal. Loss falls only on what a
+policy says itself: replies of the answerer, look-ups and conclusions of the questioner, each with its ``<eos>``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from monologue.tasks.shapes import language
+from monologue.tasks.shapes.draw import paint
+from monologue.tasks.shapes.families import World
+from monologue.tasks.shapes.perception import KINDS, look, practice_scene
+from monologue.tasks.shapes.scene import CELLS, SEEN, Scene
+
+IGNORED = -100
+TRAIN = World(SEEN, SEEN)
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+VISUAL_TOKENS = 9
+Part = tuple[str, bool]
+"""Words, and whether the policy says them itself."""
+
+
+def patches(images: Sequence[Image]) -> Tensor:
+    """What ``Qwen2VLImageProcessor`` makes of 84 x 84 pictures, for a whole batch at once: (B * N, P)."""
+    pixels = (np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255 - MEAN) / STD  # (B, C, C, 3)
+    batch = len(images)
+    blocks = pixels.reshape(batch, 3, 2, 14, 3, 2, 14, 3)  # rows: block, in block, pixel; columns alike; colour
+    blocks = blocks.transpose(0, 1, 4, 2, 5, 7, 3, 6)  # block row, block column, row, column, colour, pixel, pixel
+    flat = blocks.reshape(batch * 36, 3, 1, 14 * 14)
+    return torch.from_numpy(np.repeat(flat, 2, axis=2).reshape(batch * 36, -1))
+
+
+class Words:
+    """Words to ids by table look-up: the tokenizer's own answer for our closed vocabulary, without its call overhead."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.table: dict[str, int] = tokenizer.get_vocab()
+        self.pad = self.table["<pad>"]
+
+    def __call__(self, text: str) -> list[int]:
+        return [self.table[word] for word in text.split()]
+
+    def sequence(self, parts: Sequence[Part]) -> tuple[list[int], list[int]]:
+        """Ids and labels; a label is the id itself where the policy speaks, else IGNORED."""
+        ids: list[int] = []
+        labels: list[int] = []
+        for text, spoken in parts:
+            new = self(text)
+            ids += new
+            labels += new if spoken else [IGNORED] * len(new)
+        return ids, labels
+
+    def batch(self, rows: Sequence[Sequence[Part]]) -> tuple[Tensor, Tensor]:
+        """Right-padded ids and labels, each (B, T)."""
+        pairs = [self.sequence(parts) for parts in rows]
+        longest = max(len(ids) for ids, _ in pairs)
+        ids = torch.tensor([ids + [self.pad] * (longest - len(ids)) for ids, _ in pairs])
+        labels = torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in pairs])
+        return ids, labels
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Sequences and their pictures."""
+
+    ids: Tensor
+    """(B, T)"""
+    labels: Tensor
+    """(B, T), IGNORED where nothing is learned."""
+    pixels: Tensor | None
+    """(B * N, P)"""
+    scenes: tuple[Scene, ...] = ()
+
+
+def picture_words() -> str:
+    return "<|vision_start|> " + "<|image_pad|> " * VISUAL_TOKENS + "<|vision_end|>"
+
+
+def caption(scene: Scene) -> str:
+    """Every object in reading order: ``b2 small solid red circle ,``."""
+    return " ".join(f"{cell} {t.size} {t.fill} {t.colour} {t.shape} ," for cell, t in scene.items())
+
+
+def interview(rng: random.Random, scene: Scene, world: World, kinds: Sequence[str]) -> list[Part]:
+    """One picture and many questions, as the answerer's stream holds them."""
+    parts: list[Part] = [(f"<bos> <user> {picture_words()}", False)]
+    for kind in kinds:
+        question, reply = language.DESCRIBE, caption(scene)
+        if kind != "caption":
+            found = look(rng, scene, world, kind)
+            if found is None:
+                continue
+            question, reply = found.question, found.reply
+        opening = "" if len(parts) == 1 else "<user> "
+        parts += [(f"{opening}{question} <assistant>", False), (f"{reply} <eos>", True)]
+    return parts
+
+
+def interviews(seed: str, words: Words, size: int, turns: int, weights: dict[str, float]) -> Iterator[Batch]:
+    """Batches of ``size`` pictures with ``turns`` questions each; ``weights`` over the kinds and ``caption``."""
+    rng = random.Random(seed)
+    names = (*KINDS, "caption")
+    shares = [weights.get(name, 0.0) for name in names]
+    while True:
+        scenes = [practice_scene(rng) for _ in range(size)]
+        rows = [interview(rng, scene, TRAIN, rng.choices(names, shares, k=turns)) for scene in scenes]
+        ids, labels = words.batch(rows)
+        yield Batch(ids, labels, patches([paint(s, rng.getrandbits(32)) for s in scenes]), tuple(scenes))
+
+
+def cell_words(scenes: Sequence[Scene], words: Words, vocabulary: int) -> Tensor:
+    """What each visual token should say: an even mix of its cell's name (twice) and its object's attributes. (B, 9, V)"""
+    target = torch.zeros(len(scenes), len(CELLS), vocabulary)
+    for b, scene in enumerate(scenes):
+        for c, cell in enumerate(CELLS):
+            thing = scene.get(cell)
+            said = [language.NOTHING] if thing is None else [thing.size, thing.fill, thing.colour, thing.shape]
+            for word in (cell, cell, *said):
+                target[b, c, words.table[word]] += 1 / (2 + len(said))
+    return target
