@@ -10,6 +10,8 @@ from monologue.tasks.shapes.scene import ATTRIBUTES, CELLS, Wish
 
 NOTHING, NOWHERE = "nothing", "nowhere"
 DESCRIBE = "describe the picture"
+BLIND = "answer without picture :"
+CAPTION = "picture :"
 ORDER = ("size", "fill", "colour", "shape")
 
 
@@ -59,7 +61,7 @@ VOCABULARY: tuple[str, ...] = tuple(
             *"yes no nothing nowhere more fewer equal".split(),
             *"what where is are how many there a an the at of to same as and or than if else then so not but".split(),
             *"left right above below have has with colours shapes altogether plus number it its in on picture".split(),
-            *"which one does do cell empty describe please again answer choose from following question look".split(),
+            *"which one does do cell empty describe without please again answer choose from following question look".split(),
             *"? , . : ; ' \" ! ( ) - +".split(),
         ]
     )

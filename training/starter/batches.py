@@ -9,7 +9,7 @@ policy says itself: replies of the answerer, look-ups and conclusions of the que
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerFast
 from monologue.tasks.shapes import language
 from monologue.tasks.shapes.draw import paint
 from monologue.tasks.shapes.families import World
-from monologue.tasks.shapes.perception import KINDS, look, practice_scene
-from monologue.tasks.shapes.scene import CELLS, SEEN, Scene
+from monologue.tasks.shapes.perception import KINDS, ask_exists, ask_value, look, practice_scene
+from monologue.tasks.shapes.scene import ATTRIBUTES, CELLS, SEEN, Scene, cells_of
 
 IGNORED = -100
 TRAIN = World(SEEN, SEEN)
@@ -131,3 +131,82 @@ def cell_words(scenes: Sequence[Scene], words: Words, vocabulary: int) -> Tensor
             for word in (cell, cell, *said):
                 target[b, c, words.table[word]] += 1 / (2 + len(said))
     return target
+
+
+def caption_drill(rng: random.Random, scene: Scene) -> list[Part]:
+    """Cells in random order, each followed by what stands there: teaches reading a named cell."""
+    parts: list[Part] = []
+    for cell in rng.sample(CELLS, len(CELLS)):
+        if cell in scene:
+            thing = scene[cell]
+            parts += [(f"{cell} is", False), (f"{thing.size} {thing.fill} {thing.colour} {thing.shape}", True)]
+        elif rng.random() < 0.3:
+            parts += [(f"{cell} is", False), (language.NOTHING, True)]
+    return parts
+
+
+def locate_drill(rng: random.Random, scene: Scene, turns: int = 14) -> list[Part]:
+    """References to single objects, each followed by its cell: teaches finding a place by content."""
+    parts: list[Part] = []
+    for _ in range(turns):
+        thing = rng.choice(tuple(scene.values()))
+        names = rng.choice((("colour",), ("shape",), ("colour", "shape"), ("colour", "shape")))
+        wish = {name: getattr(thing, name) for name in names}
+        cells = cells_of(scene, wish)
+        if len(cells) == 1:
+            parts += [(" ".join(wish.values()) + " at", False), (cells[0], True)]
+    return parts
+
+
+def count_drill(rng: random.Random, scene: Scene, turns: int = 14) -> list[Part]:
+    """Colours and shapes, each followed by how many there are."""
+    parts: list[Part] = []
+    for _ in range(turns):
+        kind = rng.choice(("colour", "shape"))
+        value = getattr(rng.choice(tuple(scene.values())), kind) if rng.random() < 0.75 else rng.choice(ATTRIBUTES[kind])
+        parts += [(f"{value} number", False), (str(len(cells_of(scene, {kind: value}))), True)]
+    return parts
+
+
+def exists_drill(rng: random.Random, scene: Scene, turns: int = 12) -> list[Part]:
+    """Pairs of colour and shape, each followed by yes or no."""
+    found = [ask_exists(rng, scene, TRAIN) for _ in range(turns)]
+    cut = ("is there a ", " ?")
+    return [p for one in found if one for p in ((_strip(one.question, *cut) + " there", False), (one.reply, True))]
+
+
+def value_drill(rng: random.Random, scene: Scene, turns: int = 14) -> list[Part]:
+    """References and an attribute, each followed by its value."""
+    found = [ask_value(rng, scene, TRAIN) for _ in range(turns)]
+    cut = ("what ", " is the", " object", " ?")
+    return [p for one in found if one for p in ((_strip(one.question, *cut), False), (one.reply, True))]
+
+
+def _strip(text: str, *pieces: str) -> str:
+    for piece in pieces:
+        text = text.replace(piece, "")
+    return text
+
+
+Drill = Callable[[random.Random, Scene], list[Part]]
+CAPTIONS: tuple[Drill, ...] = (caption_drill,)
+LOCATIONS: tuple[Drill, ...] = (caption_drill, locate_drill, locate_drill)
+ALL_DRILLS: tuple[Drill, ...] = (caption_drill, *(locate_drill,) * 2, *(count_drill,) * 3, *(exists_drill,) * 2, *(value_drill,) * 2)
+
+
+def drills(seed: str, words: Words, size: int, kinds: Sequence[Drill]) -> Iterator[Batch]:
+    """Batches of dense practice: few words and many answers per picture."""
+    rng = random.Random(seed)
+    while True:
+        scenes = tuple(practice_scene(rng) for _ in range(size))
+        opening: Part = (f"<bos> <user> {picture_words()}", False)
+        ids, labels = words.batch([[opening, *rng.choice(kinds)(rng, scene)] for scene in scenes])
+        yield Batch(ids, labels, patches([paint(s, rng.getrandbits(32)) for s in scenes]), scenes)
+
+
+def pictures(seed: str, size: int) -> Iterator[tuple[Tensor, tuple[Scene, ...]]]:
+    """Batches of pictures alone."""
+    rng = random.Random(seed)
+    while True:
+        scenes = tuple(practice_scene(rng) for _ in range(size))
+        yield patches([paint(s, rng.getrandbits(32)) for s in scenes]), scenes

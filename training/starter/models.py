@@ -67,7 +67,7 @@ def build_questioner(seed: int, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForC
 
 def build_answerer(seed: int, tokenizer: PreTrainedTokenizerFast, layers: int = LAYERS) -> Qwen2VLForConditionalGeneration:
     word = tokenizer.convert_tokens_to_ids
-    rope = {"rope_type": "default", "type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}
+    rope = {"rope_type": "default", "type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6}
     config = Qwen2VLConfig(
         text_config={**_text(tokenizer), "num_hidden_layers": layers, "rope_parameters": rope, "tie_word_embeddings": True},
         vision_config={

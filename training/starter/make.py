@@ -1,0 +1,131 @@
+"""One command a policy: ``monologue train starter answerer|questioner|direct``. Writes a checkpoint, its curve and its card.
+
+    answerer     four-step curriculum (``answerer``)
+    questioner   imitation of oracle monologues (``questioner``)
+    direct       the rival: starts from the answerer's own checkpoint after its ``locate`` step, is grown with layers that change nothing
+                 at first until it has as many parameters as questioner and answerer together, and is trained to answer whole
+                 problems in one shot, with at least as many token-positions, pictures and processor seconds
+
+Weights are rounded to bfloat16 before they are examined and saved, so the card speaks of the very numbers that ship.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from monologue.training.starter import answerer, direct, questioner
+from monologue.training.starter.batches import Words
+from monologue.training.starter.fit import Curve, Stage, fit
+from monologue.training.starter.models import build_answerer, build_image_processor, build_questioner, build_tokenizer
+from monologue.training.starter.sight import Sight
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+POLICIES = ("answerer", "questioner", "direct")
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """A recipe of ours by name, or a TOML file. Raises FileNotFoundError with the names that exist."""
+    path = RECIPES / f"{name}.toml" if (RECIPES / f"{name}.toml").is_file() else Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"no recipe {name!r}; give a TOML file or one of {', '.join(sorted(p.stem for p in RECIPES.glob('*.toml')))}")
+    return tomllib.loads(path.read_text())
+
+
+def stages_of(recipe: dict[str, Any]) -> list[Stage]:
+    return [Stage(**stage) for stage in recipe["stage"]]
+
+
+def make(recipe: dict[str, Any], out: Path, start: Path | None = None) -> dict[str, Any]:
+    """Trains the recipe's policy into ``out`` and returns its card. ``start`` is the perception checkpoint of ``direct``."""
+    torch.set_num_threads(1)
+    tokenizer = build_tokenizer()
+    words, seed = Words(tokenizer), int(recipe["seed"])
+    curve = Curve(out / "curve.jsonl")
+    began = time.process_time()
+    stages = stages_of(recipe)
+    if recipe["policy"] == "questioner":
+        model: Any = build_questioner(seed, tokenizer)
+        for stage in stages:
+            stream = questioner.practice(words, stage.batch, seed)
+            run = model
+            fit(stage, list(model.named_parameters()), stream, lambda b, m=run: questioner.imitate(m, b), curve, lambda m=run: questioner.examine(m, words))
+        round_weights(model)
+        scores = questioner.examine(model, words, 2000)
+    elif recipe["policy"] == "answerer":
+        model = build_answerer(seed, tokenizer)
+        sight = Sight(model, words)
+        for stage in stages:
+            answerer.learn(sight, [stage], seed, curve)
+            if stage.name == "locate":
+                save(model, tokenizer, out / "perception", vision=True)
+        round_weights(model)
+        scores = answerer.examine(sight, 1000, "validation-final")
+    elif recipe["policy"] == "direct":
+        if start is None or not (start / "config.json").is_file():
+            raise FileNotFoundError(f"'direct' starts from a perception checkpoint; {start} holds none: train the answerer first and pass --start")
+        model = direct.grow(build_answerer(seed, tokenizer), start, int(recipe["layers"]), seed, tokenizer)
+        sight = Sight(model, words)
+        for stage in stages:
+            direct.learn(sight, stage, seed, curve)
+        round_weights(model)
+        scores = direct.examine(sight, 2000)
+    else:
+        raise ValueError(f"unknown policy {recipe['policy']!r}; expected one of {', '.join(POLICIES)}")
+    save(model, tokenizer, out, vision=recipe["policy"] != "questioner")
+    return write_card(out, recipe, model, scores, time.process_time() - began)
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module) -> None:
+    """Rounds every weight to bfloat16, in place; arithmetic stays in float32."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(torch.bfloat16).float())
+
+
+def save(model: Any, tokenizer: Any, out: Path, vision: bool) -> None:
+    """A checkpoint that ``from_pretrained`` reads."""
+    out.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(out, safe_serialization=True)
+    model.to(torch.float32)
+    tokenizer.save_pretrained(out)
+    if vision:
+        build_image_processor().save_pretrained(out)
+
+
+def write_card(out: Path, recipe: dict[str, Any], model: nn.Module, scores: dict[str, Any], seconds: float) -> dict[str, Any]:
+    card = {
+        "policy": recipe["policy"],
+        "command": f"monologue train starter {recipe['policy']}",
+        "seed": recipe["seed"],
+        "stages": [asdict(stage) for stage in stages_of(recipe)],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "cpu_seconds": round(seconds),
+        "torch": torch.__version__.split("+")[0],
+        "world_sha256": world_hash(),
+        "weights_sha256": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
+        "validation": scores,
+    }
+    (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    return card
+
+
+def world_hash() -> str:
+    """Hash of the first hundred training problems, pixels included: changes when the generator does."""
+    from monologue.tasks.shapes import Shapes
+    from monologue.tasks.shapes.task import content_hash
+
+    return content_hash(Shapes().problems("train", 100))
