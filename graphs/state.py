@@ -1,0 +1,112 @@
+"""What travels through a graph: plain values in the state, live objects in the context.
+
+The state is what LangGraph streams, draws and could checkpoint, so it holds strings, numbers and plain records only. Models, pictures and
+the recorder are in the ``Context``, which LangGraph hands to every node as ``runtime.context`` and never stores. Streams of ids live there
+too: an episode is played in one go, and one that is cut off is played again from its start.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypedDict
+
+from monologue.agents.codec import Force, Schema
+from monologue.agents.messages import Action, Message, ParseFault
+from monologue.agents.policy import Policy, Stream
+from monologue.agents.prompts import Wording
+from monologue.agents.tools import Toolbox
+from monologue.backends.base import Picture
+from monologue.traces.recorder import EpisodeRecorder, PolicySpan
+
+
+class GraphError(ValueError):
+    """A graph, its seats or its options do not fit together."""
+
+
+class State(TypedDict, total=False):
+    """One episode between two nodes."""
+
+    question: str
+    """The problem's question."""
+    choices: list[str]
+    """Answers to choose from; may be empty."""
+    pending: dict[str, Any]
+    """The plain action that waits to be carried out, ``{"kind": "look", "question": ...}``."""
+    heard: dict[str, Any]
+    """What the next policy call hears: ``{"kind": "reply" | "fault" | "unanswered" | "caption", "text": ...}``; empty at first."""
+    dialogue: Annotated[list[dict[str, Any]], operator.add]
+    """All turns so far: ``{"role": ..., "kind": ..., ...}``; each node adds its own."""
+    asked: int
+    """Calls of the seat that concludes; the budget is counted in these."""
+    looks: int
+    """Questions that the answerer was asked."""
+    answer: str | None
+    """The conclusion; None until there is one, and for good where the budget ends first."""
+    explanation: str
+    """Why, where the policy said so."""
+
+
+def same_question(look: int, question: str) -> str:
+    """The answerer is asked what the questioner asks."""
+    return question
+
+
+@dataclass
+class Context:
+    """The live side of one episode; LangGraph's ``context_schema``."""
+
+    seats: Mapping[str, Policy]
+    """Policy by role."""
+    record: EpisodeRecorder
+    """Where this episode's spans go."""
+    pictures: tuple[Picture, ...] = ()
+    """What the answerer sees."""
+    seed: int = 0
+    """Seed of this episode; every call draws its own from it."""
+    max_turns: int = 8
+    """The concluding seat may act so often; then the episode ends without an answer."""
+    toolbox: Toolbox = field(default_factory=Toolbox)
+    """The builder's tools."""
+    asks: Callable[[int, str], str] = same_question
+    """What the answerer is really asked, given the number of the look and the question; other than identity only in controls."""
+    streams: dict[str, Stream] = field(default_factory=dict)
+    """The growing ids of each role."""
+
+    def wording(self, role: str) -> Wording:
+        return self._seat(role).codec.wording
+
+    def opened(self, role: str) -> bool:
+        """Whether this role has acted before."""
+        return role in self.streams
+
+    @contextmanager
+    def turn(self, role: str, node: str) -> Iterator[Turn]:
+        """One policy call of a role, as a span. Whoever acts through this is traced and trainable."""
+        stream = self.streams.get(role) or Stream(self._seat(role), role, self.seed)
+        with self.record.policy(role=role, node=node) as span:
+            yield Turn(span, stream)
+            self.streams[role] = stream
+
+    def _seat(self, role: str) -> Policy:
+        if role not in self.seats:
+            raise GraphError(f"no policy is seated as {role!r}; seats are taken for {sorted(self.seats)}")
+        return self.seats[role]
+
+
+@dataclass
+class Turn:
+    """A policy call that is being made."""
+
+    span: PolicySpan
+    """Its span; ``span.edge`` takes the name of the edge that follows."""
+    stream: Stream
+    """The role's ids."""
+
+    async def act(
+        self, messages: list[Message], kinds: tuple[type, ...], tools: tuple[Schema, ...] = (), force: Force | None = None
+    ) -> Action | ParseFault:
+        """See ``Stream.act``."""
+        return await self.stream.act(self.span, messages, kinds, tools, force)
