@@ -10,8 +10,6 @@ from monologue.tasks.shapes.scene import ATTRIBUTES, CELLS, Wish
 
 NOTHING, NOWHERE = "nothing", "nowhere"
 DESCRIBE = "describe the picture"
-BLIND = "answer without picture :"
-CAPTION = "picture :"
 ORDER = ("size", "fill", "colour", "shape")
 
 

@@ -1,7 +1,7 @@
 """The starter questioner: imitation of oracle monologues on the endless training split, from nothing.
 
 It practises three things in one mixture: the inner monologue (look-ups until it concludes), guessing without looking (so that the
-``blind`` graph plays a policy that was trained to guess, not one caught unprepared), and concluding from a caption. Replies are
+``blind`` graph plays a policy that was trained to guess, not one caught unprepared), and concluding from a caption alone. Replies are
 context and carry no loss. Outcome reward comes later, in stage two.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from monologue.tasks.base import Problem
-from monologue.tasks.shapes import Shapes, language
+from monologue.tasks.shapes import Shapes
 from monologue.training.starter.batches import IGNORED, Batch, Part, Words, caption
 
 SHARES = {"monologue": 0.86, "blind": 0.06, "caption": 0.08}
@@ -27,26 +27,26 @@ def options(problem: Problem) -> str:
     return " ".join(f"<choice> {choice}" for choice in problem.choices)
 
 
-def conclusion(problem: Problem) -> str:
+def opening(problem: Problem, before: str = "") -> str:
+    return f"<bos> <user> {before} {problem.question} {options(problem)} <assistant>"
+
+
+def gold(problem: Problem) -> str:
     assert problem.gold is not None
-    return f"<conclude> {problem.choices[problem.gold]} <eos>"
+    return f"{problem.choices[problem.gold]} <eos>"
 
 
 def monologue(problem: Problem) -> list[Part]:
     """The questioner's whole stream, as the oracle would play it."""
-    parts: list[Part] = [(f"<bos> <user> {problem.question} {options(problem)} <assistant>", False)]
+    parts: list[Part] = [(opening(problem), False)]
     for turn in problem.oracle or ():
         parts += [(f"<look> {turn.question} <eos>", True), (f"<tool> {turn.reply} <assistant>", False)]
-    return [*parts, (conclusion(problem), True)]
+    return [*parts, ("<conclude> " + gold(problem), True)]
 
 
-def blind(problem: Problem) -> list[Part]:
-    return [(f"<bos> <user> {language.BLIND} {problem.question} {options(problem)} <assistant>", False), (conclusion(problem), True)]
-
-
-def captioned(problem: Problem, scene_words: str) -> list[Part]:
-    head = f"<bos> <user> {language.CAPTION} {scene_words} {problem.question} {options(problem)} <assistant>"
-    return [(head, False), (conclusion(problem), True)]
+def forced(problem: Problem, before: str = "") -> list[Part]:
+    """A conclusion at once, which the graph forces: from nothing (``blind``), or from a caption before the question (``caption``)."""
+    return [(opening(problem, before) + " <conclude>", False), (gold(problem), True)]
 
 
 def practice(words: Words, size: int, seed: int, shares: dict[str, float] = SHARES) -> Iterator[Batch]:
@@ -61,7 +61,8 @@ def practice(words: Words, size: int, seed: int, shares: dict[str, float] = SHAR
             if kind == "monologue":
                 rows.append(monologue(problem))
             else:
-                rows.append(blind(problem) if kind == "blind" else captioned(problem, caption(problem.pictures[0].scene)))  # type: ignore[attr-defined]
+                scene = problem.pictures[0].scene  # type: ignore[attr-defined]
+                rows.append(forced(problem, caption(scene) if kind == "caption" else ""))
         ids, labels = words.batch(rows)
         yield Batch(ids, labels, None)
 
