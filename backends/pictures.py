@@ -42,6 +42,8 @@ def locate(
                 f"expected {room.count} adjacent image placeholders from index {run[0]}, got some up to index {run[-1]}; "
                 "keep one picture's placeholders together"
             )
+        if run[-1] + 1 in spots[taken + room.count : taken + room.count + 1]:
+            raise RequestRefused(f"expected another token between two pictures' placeholders, got none at index {run[-1] + 1}")
         width, height = picture.image.size
         facts.append(ImageFacts(picture.sha256, width, height, room.grid, run[0], room.count, processor_hash))
         taken += room.count

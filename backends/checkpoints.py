@@ -1,0 +1,140 @@
+"""A model folder, or the name of a model on the Hub, opened with care.
+
+Safetensors only, no code from the checkpoint, and every weight accounted for: transformers loads a checkpoint whose names do
+not fit without a word and leaves those weights random, so missing or misshapen ones are an error here. Whatever goes wrong is
+one sentence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from monologue.backends.base import BackendError
+
+_logging: Any = transformers_logging
+_image_processors: Any = AutoImageProcessor
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a model folder holds."""
+
+    source: str
+    """The folder or Hub name it came from."""
+    model: Any
+    """The ``PreTrainedModel``, in evaluation mode."""
+    tokenizer: PreTrainedTokenizerFast
+    """Its tokenizer, chat template included."""
+    image_processor: Any | None
+    """Its image processor (PIL, so that every machine computes the same pixels); None for a text-only model."""
+
+
+def open_checkpoint(source: str, *, device: str, dtype: torch.dtype, local_files_only: bool = False) -> Checkpoint:
+    """Model, tokenizer and image processor. Raises BackendError."""
+    where = {"trust_remote_code": False, "local_files_only": local_files_only}
+    model = open_model(source, device=device, dtype=dtype, local_files_only=local_files_only)
+    with _one_sentence(source, "a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise BackendError(f"expected a fast tokenizer (tokenizer.json) in {source!r}, got {type(tokenizer).__name__}")
+    processor = None
+    if getattr(model.config, "vision_config", None) is not None:
+        with _one_sentence(source, "an image processor"):
+            processor = _image_processors.from_pretrained(source, backend="pil", **where)
+        _check_sight(source, model, processor)
+    return Checkpoint(source, model, tokenizer, processor)
+
+
+def open_model(source: str, *, device: str, dtype: torch.dtype, local_files_only: bool = False) -> Any:
+    """The model alone, every weight found."""
+    _check_place(source)
+    where = {"trust_remote_code": False, "local_files_only": local_files_only}
+    with _one_sentence(source, "a model with safetensors weights"):
+        config = AutoConfig.from_pretrained(source, **where)
+        family: Any = (
+            AutoModelForImageTextToText if type(config) in AutoModelForImageTextToText._model_mapping else AutoModelForCausalLM
+        )
+        model, found = family.from_pretrained(
+            source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
+        )
+    lost = sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"])))
+    if lost:
+        raise BackendError(f"expected weights for all of the model in {source!r}, {len(lost)} are missing, such as {lost[0]!r}")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def take_weights(model: Any, source: str) -> None:
+    """Copies the weights of another checkpoint of the same shape into ``model``; on an error the old weights stay whole."""
+    other = open_model(source, device="cpu", dtype=model.dtype, local_files_only=True)
+    if type(other) is not type(model) or _plain(other.config.to_dict()) != _plain(model.config.to_dict()):
+        raise BackendError(f"expected weights for the same {type(model).__name__} configuration in {source!r}, got another one")
+    model.load_state_dict(other.state_dict(), strict=True)
+
+
+def processor_hash(processor: Any | None) -> str:
+    """SHA-256 of the image processor's settings; of the empty text where there is none."""
+    facts = {} if processor is None else _plain(json.loads(processor.to_json_string()))
+    facts.pop("processor_class", None)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode() if facts else b"").hexdigest()
+
+
+def _plain(facts: dict[str, Any]) -> dict[str, Any]:
+    """Settings without what a save and a load may change."""
+    return {name: _plain(value) if isinstance(value, dict) else value for name, value in facts.items() if name not in _VOLATILE}
+
+
+def _check_place(source: str) -> None:
+    folder = Path(source)
+    if folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
+            raise BackendError(f"expected full weights in {source!r}, got an adapter; merge it into its model first")
+        if not (folder / "config.json").is_file():
+            raise BackendError(
+                f"expected a model folder (config.json, *.safetensors, tokenizer.json), got {source!r} without config.json"
+            )
+    elif folder.exists() or not _HUB_NAME.fullmatch(source):
+        raise BackendError(f"expected a model folder or the name of a model on the Hub, got {source!r}, which is neither")
+
+
+def _check_sight(source: str, model: Any, processor: Any) -> None:
+    grids = "image_grid_thw" in getattr(processor, "model_input_names", ())
+    if not grids or not hasattr(model.model, "get_rope_index") or getattr(model.config, "image_token_id", None) is None:
+        raise BackendError(f"expected a vision-language model of the Qwen-VL kind in {source!r}, got {type(model).__name__}")
+
+
+@contextmanager
+def _one_sentence(source: str, wanted: str) -> Iterator[None]:
+    """Silences progress bars and advice while loading; tells a failure in one sentence."""
+    bars, level = _logging.is_progress_bar_enabled(), _logging.get_verbosity()
+    _logging.disable_progress_bar()
+    _logging.set_verbosity_error()
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, SafetensorError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BackendError(f"expected {wanted} in {source!r}, but loading failed: {first}") from error
+    finally:
+        _logging.set_verbosity(level)
+        if bars:
+            _logging.enable_progress_bar()

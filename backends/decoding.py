@@ -1,0 +1,164 @@
+"""The decode loop: many sequences through one causal model, each with its own pictures, sampling, seed and end.
+
+Sequences are padded on the left, with an attention mask and explicit positions, so padding changes no number that matters.
+Positions are computed per sequence before batching (for Qwen-VL by the model's own ``get_rope_index``), and continue by one
+after the prompt. A sequence that stops is handed over at once and leaves the batch: its rows are cut from the key-value cache,
+so the others get faster, and nobody waits for the longest. A word on names: a *lane* is a sequence in a batch; a *row* is what
+a trainer makes of it.
+
+Shapes: B lanes, L padded length, P position axes (1, or 3 for M-RoPE), V vocabulary, K kept logits.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monologue.backends.base import Sampling
+from monologue.backends.sampling import draw, log_distribution
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One sequence on its way through the model."""
+
+    ids: tuple[int, ...]
+    """What goes in first: the prompt, and when scoring the ids to score."""
+    positions: Tensor
+    """Position ids of ``ids``, (P, L)."""
+    pixels: Tensor | None
+    """Patches of all its pictures, one after another; None without pictures."""
+    grids: Tensor | None
+    """Patches along time, height and width, one line a picture."""
+    sampling: Sampling
+    """How its tokens are drawn."""
+    limit: int
+    """Most tokens to sample: the caller's wish or what the context leaves."""
+    dice: random.Random = field(default_factory=random.Random)
+    """Source of its uniform numbers, one a token."""
+    sampled: list[int] = field(default_factory=list)
+    """Ids drawn so far."""
+    logprobs: list[float] = field(default_factory=list)
+    """Their log-probs in nats."""
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.sampled) and self.sampled[-1] in self.sampling.stop_ids
+
+    @property
+    def done(self) -> bool:
+        return self.stopped or len(self.sampled) >= self.limit
+
+
+@dataclass(slots=True)
+class _Batch:
+    """State between two steps."""
+
+    lanes: list[Lane]
+    logits: Tensor  # (B, V)
+    mask: Tensor  # (B, L)
+    next_positions: Tensor  # (P, B, 1)
+    cache: Any
+
+    def keep(self, places: list[int]) -> None:
+        if len(places) == len(self.lanes):
+            return
+        index = torch.tensor(places, device=self.mask.device)
+        self.lanes = [self.lanes[place] for place in places]
+        self.logits, self.mask, self.next_positions = self.logits[index], self.mask[index], self.next_positions[:, index]
+        self.cache.batch_select_indices(index)
+
+
+class Decoder:
+    """Runs lanes through ``model``. ``banned`` ids are never sampled: a placeholder without picture breaks the next prompt."""
+
+    def __init__(self, model: Any, banned: Sequence[int]) -> None:
+        self._model, self._banned = model, tuple(banned)
+        self._pad = next(token for token in range(len(self._banned) + 1) if token not in self._banned)
+
+    @torch.inference_mode()
+    def generate(self, lanes: list[Lane], dropped: Callable[[Lane], bool]) -> Iterator[Lane]:
+        """Yields each lane when it is done; lanes that are ``dropped`` leave without a word."""
+        batch = self._prefill(lanes)
+        while True:
+            self._sample(batch)
+            yield from [lane for lane in batch.lanes if lane.done]
+            batch.keep([place for place, lane in enumerate(batch.lanes) if not lane.done and not dropped(lane)])
+            if not batch.lanes:
+                return
+            self._step(batch)
+
+    @torch.inference_mode()
+    def score(self, lanes: list[Lane], counts: list[int]) -> list[tuple[float, ...]]:
+        """Log-probs of the last ``count`` ids of each lane, all in one pass."""
+        out, _, _ = self._forward(lanes, keep=max(counts) + 1, use_cache=False)
+        found = []
+        for lane, row, count in zip(lanes, out.logits, counts, strict=True):  # (K, V)
+            log_probs = log_distribution(row[-count - 1 : -1], [lane.sampling], self._banned)  # (count, V)
+            wanted = torch.tensor(lane.ids[len(lane.ids) - count :], device=row.device).unsqueeze(-1)
+            found.append(tuple(log_probs.gather(-1, wanted).squeeze(-1).tolist()))
+        return found
+
+    def _prefill(self, lanes: list[Lane]) -> _Batch:
+        out, mask, positions = self._forward(lanes, keep=1, use_cache=True)
+        following = positions.amax(dim=-1, keepdim=True).amax(dim=0, keepdim=True) + 1  # (1, B, 1)
+        return _Batch(lanes, out.logits[:, -1], mask, following.expand(positions.shape[0], -1, -1), out.past_key_values)
+
+    def _step(self, batch: _Batch) -> None:
+        batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.lanes), 1)], dim=-1)
+        out = self._model(
+            input_ids=torch.tensor([[lane.sampled[-1]] for lane in batch.lanes], device=batch.mask.device),
+            attention_mask=batch.mask,
+            position_ids=_squeeze(batch.next_positions),
+            past_key_values=batch.cache,
+            use_cache=True,
+        )
+        batch.logits, batch.cache, batch.next_positions = out.logits[:, -1], out.past_key_values, batch.next_positions + 1
+
+    def _sample(self, batch: _Batch) -> None:
+        samplings = [lane.sampling for lane in batch.lanes]
+        log_probs = log_distribution(batch.logits, samplings, self._banned)  # (B, V)
+        tokens = draw(log_probs, samplings, [lane.dice.random() for lane in batch.lanes])
+        values = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        for lane, token, value in zip(batch.lanes, tokens.tolist(), values.tolist(), strict=True):
+            lane.sampled.append(token)
+            lane.logprobs.append(value)
+
+    def _forward(self, lanes: list[Lane], *, keep: int, use_cache: bool) -> tuple[Any, Tensor, Tensor]:
+        ids, mask, positions = self._pad_left(lanes)
+        pictures: dict[str, Tensor] = {}
+        if pixels := [lane.pixels for lane in lanes if lane.pixels is not None]:
+            pictures["pixel_values"] = torch.cat(pixels).to(ids.device)
+            pictures["image_grid_thw"] = torch.cat([lane.grids for lane in lanes if lane.grids is not None]).to(ids.device)
+        out = self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=_squeeze(positions),
+            use_cache=use_cache,
+            logits_to_keep=keep,
+            **pictures,
+        )
+        return out, mask, positions
+
+    def _pad_left(self, lanes: list[Lane]) -> tuple[Tensor, Tensor, Tensor]:
+        length, axes = max(len(lane.ids) for lane in lanes), lanes[0].positions.shape[0]
+        ids = torch.full((len(lanes), length), self._pad)
+        mask = torch.zeros(len(lanes), length, dtype=torch.long)
+        positions = torch.zeros(axes, len(lanes), length, dtype=torch.long)
+        for place, lane in enumerate(lanes):
+            start = length - len(lane.ids)
+            ids[place, start:] = torch.tensor(lane.ids)
+            mask[place, start:] = 1
+            positions[:, place, start:] = lane.positions
+        device = self._model.device
+        return ids.to(device), mask.to(device), positions.to(device)
+
+
+def _squeeze(positions: Tensor) -> Tensor:
+    """(B, L) for models with one position axis, (3, B, L) for M-RoPE."""
+    return positions[0] if positions.shape[0] == 1 else positions

@@ -1,0 +1,260 @@
+"""The in-process engine: a Hugging Face model, exact ids, exact log-probs.
+
+Text-only causal models (Llama, Qwen3, ...) and vision-language models of the Qwen-VL kind, from a folder or a Hub name. Calls
+are gathered into batches (``batching``), decoded by a loop of our own (``decoding``) rather than by ``model.generate``, because
+that one has a single sampling for a batch and cannot let a sequence leave early, and sampled in float64 (``sampling``).
+
+What a caller should know: image and video placeholders are banned from sampling, so log-probs are those of the distribution
+without them (``facts.extra["banned_ids"]``; a trainer must ban them too). Without stop ids nothing but ``max_tokens`` ends a
+generation. ``threads`` sets torch's thread count for the process; None leaves it alone. Left out: reuse of a prefix's cache
+between turns.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import transformers
+from PIL.Image import Image, new
+from torch import Tensor
+
+from monologue.backends.base import BackendError, Facts, Generation, ImageFacts, Prompt, RequestRefused, Sampling
+from monologue.backends.batching import Batcher, Ticket
+from monologue.backends.checkpoints import Checkpoint, open_checkpoint, processor_hash, take_weights
+from monologue.backends.decoding import Decoder, Lane
+from monologue.backends.pictures import Placeholders, locate
+from monologue.backends.tokens import template_hash, tokenizer_hash
+
+
+@dataclass(frozen=True, slots=True)
+class _Generate:
+    prompt: Prompt
+    sampling: Sampling
+    images: tuple[ImageFacts, ...]
+    seed: int
+    started: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Score:
+    prompt: Prompt
+    ids: tuple[int, ...]
+    sampling: Sampling
+    images: tuple[ImageFacts, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    weights: str
+    version: str
+
+
+_Job: TypeAlias = "_Generate | _Score | _Load"
+_Tickets: TypeAlias = "list[Ticket[Any, Any]]"
+
+
+class HFBackend:
+    """Runs one model. ``source`` is a folder, a Hub name, or a checkpoint that is open already."""
+
+    def __init__(
+        self,
+        source: str | Path | Checkpoint,
+        *,
+        version: str = "base",
+        device: str = "cpu",
+        dtype: str = "float32",
+        threads: int | None = 1,
+        max_batch: int = 64,
+        max_batch_tokens: int = 65536,
+        window: float = 0.001,
+        timeout: float | None = None,
+        local_files_only: bool = False,
+    ) -> None:
+        if not isinstance(source, Checkpoint):
+            if dtype not in ("float32", "bfloat16", "float16"):
+                raise ValueError(f"dtype must be 'float32', 'bfloat16' or 'float16', got {dtype!r}")
+            numbers = getattr(torch, dtype)
+            source = open_checkpoint(str(source), device=device, dtype=numbers, local_files_only=local_files_only)
+        self._model, self._processor = source.model, source.image_processor
+        self.tokenizer = source.tokenizer
+        self.processor_hash = processor_hash(self._processor)
+        config = self._model.config
+        self.image_token_id: int | None = getattr(config, "image_token_id", None) if self._processor else None
+        self._banned = tuple(
+            sorted(
+                {i for i in (self.image_token_id, getattr(config, "video_token_id", None)) if self._processor and i is not None}
+            )
+        )
+        self._vocabulary = int(self._model.get_input_embeddings().num_embeddings)
+        self._decoder, self._threads = Decoder(self._model, self._banned), threads
+        self._rooms: dict[tuple[int, int], Placeholders] = {}
+        self._facts = self._describe(source.source, version)
+        self._batcher: Batcher[_Job, Any] = Batcher(
+            self._run,
+            name=f"the transformers engine of {source.source!r}",
+            max_batch=max_batch,
+            max_tokens=max_batch_tokens,
+            window=window,
+            timeout=timeout,
+        )
+
+    @property
+    def facts(self) -> Facts:
+        return self._facts
+
+    def placeholders(self, image: Image) -> Placeholders:
+        """The room a picture takes in a prompt; it depends on the picture's size alone."""
+        if self._processor is None:
+            raise RequestRefused(f"expected no picture: {self._facts.model!r} is a text-only model")
+        if image.size not in self._rooms:
+            _, grids = self._pixels([new("RGB", image.size)])
+            frames, high, wide = (int(side) for side in grids[0])
+            merge = int(self._processor.merge_size)
+            self._rooms[image.size] = Placeholders((frames, high, wide), frames * high * wide // merge**2)
+        return self._rooms[image.size]
+
+    async def generate(self, prompt: Prompt, sampling: Sampling) -> Generation:
+        started = time.perf_counter()
+        images = self._admit(prompt, 1, sampling)
+        seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
+        size = len(prompt.ids) + self._limit(prompt, sampling)
+        generation: Generation = await self._batcher.submit(_Generate(prompt, sampling, images, seed, started), size)
+        return generation
+
+    async def score(self, prompt: Prompt, ids: tuple[int, ...], sampling: Sampling) -> tuple[float, ...]:
+        images = self._admit(prompt, len(ids), sampling)
+        if strange := [token for token in ids if not 0 <= token < self._vocabulary or token in self._banned]:
+            raise RequestRefused(f"expected ids that this model can sample, got {strange[0]!r}")
+        if not ids:
+            return ()
+        found: tuple[float, ...] = await self._batcher.submit(_Score(prompt, ids, sampling, images), len(prompt.ids) + len(ids))
+        return found
+
+    async def load(self, weights: str, version: str) -> None:
+        """Full weights of the same model from a folder. Calls before it see the old weights, calls after it the new ones."""
+        await self._batcher.submit(_Load(weights, version), timeless=True)
+
+    async def aclose(self) -> None:
+        await self._batcher.aclose()
+
+    def _describe(self, model: str, version: str) -> Facts:
+        text = self._model.config.get_text_config()
+        return Facts(
+            model=model,
+            engine="transformers",
+            engine_version=transformers.__version__,
+            weights_version=version,
+            tokenizer_hash=tokenizer_hash(self.tokenizer),
+            template_hash=template_hash(self.tokenizer.chat_template),
+            sees=self._processor is not None,
+            context_length=int(text.max_position_embeddings),
+            extra={
+                "architecture": type(self._model).__name__,
+                "banned_ids": list(self._banned),
+                "device": str(self._model.device),
+                "dtype": str(self._model.dtype).removeprefix("torch."),
+                "image_token_id": self.image_token_id,
+                "processor_hash": self.processor_hash,
+                "torch": torch.__version__,
+                "vocabulary": self._vocabulary,
+            },
+        )
+
+    def _admit(self, prompt: Prompt, room: int, sampling: Sampling) -> tuple[ImageFacts, ...]:
+        """Refuses what can never succeed; says where the pictures sit."""
+        if not prompt.ids:
+            raise RequestRefused("expected at least one prompt id, got none")
+        if len(prompt.ids) + room > self._facts.context_length:
+            raise RequestRefused(
+                f"expected prompt and reply within {self._facts.context_length} tokens, got {len(prompt.ids)} + {room}"
+            )
+        if strange := [token for token in (*prompt.ids, *sampling.stop_ids) if not 0 <= token < self._vocabulary]:
+            raise RequestRefused(f"expected ids from 0 to {self._vocabulary - 1}, got {strange[0]!r}")
+        if unseen := [token for token in prompt.ids if token in self._banned and token != self.image_token_id]:
+            raise RequestRefused(f"expected no video placeholder, got id {unseen[0]!r}: this engine takes pictures only")
+        rooms = tuple(self.placeholders(picture.image) for picture in prompt.pictures)
+        return locate(prompt, rooms, self.image_token_id, self.processor_hash) if self._processor else ()
+
+    def _limit(self, prompt: Prompt, sampling: Sampling) -> int:
+        return min(sampling.max_tokens, self._facts.context_length - len(prompt.ids))
+
+    def _run(self, tickets: _Tickets) -> None:
+        """One batch, in the worker's thread; all its jobs are of one type."""
+        if self._threads is not None and torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        {_Generate: self._run_generate, _Score: self._run_score, _Load: self._run_load}[type(tickets[0].job)](tickets)
+
+    def _run_generate(self, tickets: _Tickets) -> None:
+        owners = {lane: ticket for ticket, lane in self._lanes(tickets)}
+        if not owners:
+            return
+        for lane, ticket in owners.items():
+            lane.dice.seed(ticket.job.seed)
+        for lane in self._decoder.generate(list(owners), lambda lane: owners[lane].dropped):
+            ticket = owners[lane]
+            ticket.resolve(
+                Generation(
+                    ids=tuple(lane.sampled),
+                    logprobs=tuple(lane.logprobs),
+                    finish_reason="stop" if lane.stopped else "length",
+                    weights_version=self._facts.weights_version,
+                    images=ticket.job.images,
+                    seconds=time.perf_counter() - ticket.job.started,
+                    seed=ticket.job.seed,
+                )
+            )
+
+    def _run_score(self, tickets: _Tickets) -> None:
+        if lanes := self._lanes(tickets):
+            scores = self._decoder.score([lane for _, lane in lanes], [len(ticket.job.ids) for ticket, _ in lanes])
+            for (ticket, _), score in zip(lanes, scores, strict=True):
+                ticket.resolve(score)
+
+    def _run_load(self, tickets: _Tickets) -> None:
+        for ticket in tickets:
+            try:
+                take_weights(self._model, ticket.job.weights)
+            except BackendError as error:
+                ticket.fail(error)
+                continue
+            self._facts = replace(self._facts, weights_version=ticket.job.version)
+            ticket.resolve(None)
+
+    def _lanes(self, tickets: _Tickets) -> list[tuple[Ticket[Any, Any], Lane]]:
+        """Tickets with what the model is fed; a request whose pictures cannot be prepared fails alone."""
+        ready = []
+        for ticket in tickets:
+            try:
+                ready.append((ticket, self._lane(ticket.job)))
+            except (BackendError, ValueError, OSError) as error:
+                refusal = RequestRefused(f"the pictures of this request cannot be prepared: {error}")
+                refusal.__cause__ = error
+                ticket.fail(refusal)
+        return ready
+
+    def _lane(self, job: _Generate | _Score) -> Lane:
+        ids = (*job.prompt.ids, *(job.ids if isinstance(job, _Score) else ()))
+        pixels, grids = self._pixels([picture.image for picture in job.prompt.pictures]) if job.images else (None, None)
+        return Lane(ids, self._positions(ids, grids), pixels, grids, job.sampling, self._limit(job.prompt, job.sampling))
+
+    def _pixels(self, images: list[Image]) -> tuple[Tensor, Tensor]:
+        assert self._processor is not None
+        found = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        return found["pixel_values"], found["image_grid_thw"]
+
+    def _positions(self, ids: tuple[int, ...], grids: Tensor | None) -> Tensor:
+        """(1, L) for text models; (3, L) for M-RoPE, from the model itself where there are pictures."""
+        plain = torch.arange(len(ids)).unsqueeze(0)
+        if self._processor is None:
+            return plain
+        if grids is None:
+            return plain.expand(3, -1)
+        tokens = torch.tensor([ids])
+        kinds = torch.eq(tokens, self.image_token_id or 0).int()
+        positions: Tensor = self._model.model.get_rope_index(tokens, mm_token_type_ids=kinds, image_grid_thw=grids)[0]
+        return positions[:, 0]
