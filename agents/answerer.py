@@ -1,6 +1,7 @@
 """The seat that sees the picture and answers in words: what it hears, what it may do.
 
-It keeps its own stream: the picture is shown once, later questions follow it. ``direct`` is the same seat asked the problem itself.
+It keeps its own stream: the picture is shown once, later questions follow it. ``direct`` is the same seat asked the problem
+itself.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """ChatCodec: any Hugging Face chat template, actions as ``<tool_call>{json}</tool_call>`` (the hermes form that Qwen speaks).
 
-The template is used twice and never on a whole dialogue. ``open`` renders the first messages. ``extend`` renders the new messages after
-a stand-in exchange and keeps what the template puts behind the stand-in's stop token; that this does not depend on the stand-in is checked
-once, when the codec is made, so a template that rewrites earlier turns is refused before it can break a stream. (Rendering the dialogue
-anew instead would re-encode sampled text, and templates that drop earlier thinking would change the prefix.)
+The template is used twice and never on a whole dialogue. ``open`` renders the first messages. ``extend`` renders the new
+messages after a stand-in exchange and keeps what the template puts behind the stand-in's stop token; that this does not
+depend on the stand-in is checked once, when the codec is made, so a template that rewrites earlier turns is refused before it
+can break a stream. (Rendering the dialogue anew instead would re-encode sampled text, and templates that drop earlier
+thinking would change the prefix.)
 
-What a template cannot say is found out at the start too, and said in words it can: tools are explained in the system message where the
-template does not know them, tool results come as user messages where it knows no tool role. Text from outside is disarmed first: the name
-of a special token in it gets a space, so a reply cannot end a turn or forge a call.
+What a template cannot say is found out at the start too, and said in words it can: tools are explained in the system message
+where the template does not know them, tool results come as user messages where it knows no tool role. Text from outside is
+disarmed first: the name of a special token in it gets a space, so a reply cannot end a turn or forge a call.
 """
 
 from __future__ import annotations
@@ -31,12 +32,18 @@ STANDINS = ("stand-in zulu", "stand-in quebec")
 class ChatCodec:
     """Serves every model whose tokenizer has a chat template."""
 
-    def __init__(self, tokenizer: Any, visual_tokens: VisualTokens = None, image_token: str | None = None, wording: Wording = CHAT) -> None:
-        """``visual_tokens`` counts the placeholders of a picture; ``image_token`` is the placeholder that the template writes once."""
+    def __init__(
+        self, tokenizer: Any, visual_tokens: VisualTokens = None, image_token: str | None = None, wording: Wording = CHAT
+    ) -> None:
+        """``visual_tokens`` counts the placeholders of a picture; ``image_token`` is the placeholder that the template writes
+        once.
+        """
         if not getattr(tokenizer, "chat_template", None):
             raise CodecError("the tokenizer has no chat template; ChatCodec needs one")
         if tokenizer.eos_token_id is None:
-            raise CodecError("the tokenizer names no end-of-sequence token; set tokenizer.eos_token to the token that ends a turn")
+            raise CodecError(
+                "the tokenizer names no end-of-sequence token; set tokenizer.eos_token to the token that ends a turn"
+            )
         self.wording = wording
         self._tokenizer = tokenizer
         self._count = visual_tokens
@@ -44,7 +51,9 @@ class ChatCodec:
         self._stop = str(tokenizer.eos_token)
         self.stop_ids: Ids = (int(tokenizer.eos_token_id),)
         names = [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]
-        self._forged = re.compile("|".join(map(re.escape, sorted({n for n in names if len(n) > 2}, key=len, reverse=True))) or r"(?!)")
+        self._forged = re.compile(
+            "|".join(map(re.escape, sorted({n for n in names if len(n) > 2}, key=len, reverse=True))) or r"(?!)"
+        )
         self.tokenizer_hash = tokenizer_hash(tokenizer)
         self.template_hash = template_hash(tokenizer.chat_template)
         asked = {"role": "user", "content": self._content("x")}
@@ -105,7 +114,9 @@ class ChatCodec:
         """A list of parts where the model sees, since some templates take nothing else; else a string, for the same reason."""
         if self._image_id is None:
             if pictures:
-                raise CodecError("a picture was shown to a policy that does not see; seat a policy with an image processor there")
+                raise CodecError(
+                    "a picture was shown to a policy that does not see; seat a policy with an image processor there"
+                )
             return text
         return [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]
 
@@ -121,11 +132,15 @@ class ChatCodec:
         return {"role": role, "content": self._content(self._disarmed(text), message.pictures)}
 
     def _behind(self, messages: Sequence[Message]) -> str:
-        """What the template puts between an assistant's stop token and the next generation; the same whatever was said before."""
+        """What the template puts between an assistant's stop token and the next generation; the same whatever was said
+        before.
+        """
         said = [self._plain(message) for message in messages]
         found = {self._after(standin, said) for standin in STANDINS}
         if len(found) != 1:
-            raise CodecError("the chat template renders new messages differently after different replies, so streams cannot grow verbatim")
+            raise CodecError(
+                "the chat template renders new messages differently after different replies, so streams cannot grow verbatim"
+            )
         return found.pop()
 
     def _after(self, standin: str, said: list[dict[str, Any]]) -> str:
@@ -156,7 +171,9 @@ class ChatCodec:
         if self._image_id is None:
             return ids
         if ids.count(self._image_id) != len(pictures):
-            raise CodecError(f"the chat template wrote {ids.count(self._image_id)} picture placeholders for {len(pictures)} pictures")
+            raise CodecError(
+                f"the chat template wrote {ids.count(self._image_id)} picture placeholders for {len(pictures)} pictures"
+            )
         counts = iter([visual_tokens(self._count, picture) for picture in pictures])
         return tuple(copy for number in ids for copy in ([number] * next(counts) if number == self._image_id else [number]))
 
@@ -197,7 +214,9 @@ def _read_call(call: str, text: str) -> Action | ParseFault:
         return _look(arguments, text)
     if name == "conclude":
         answer, why = arguments.get("answer"), arguments.get("explanation", "")
-        good = isinstance(answer, str) and answer.strip() and isinstance(why, str) and set(arguments) <= {"answer", "explanation"}
+        good = (
+            isinstance(answer, str) and answer.strip() and isinstance(why, str) and set(arguments) <= {"answer", "explanation"}
+        )
         return Conclude(answer, why) if good else ParseFault(f"conclude needs an answer in words, got {arguments!r}.", text)
     return ToolUse(name, arguments)
 

@@ -1,18 +1,20 @@
 """Messages to ids and ids to actions: the only place that knows a model family's tokens.
 
-A stream of ids is opened once and from then on only extended; nothing that was sampled is ever decoded and encoded again. So a codec
-never renders a dialogue anew: ``open`` renders its beginning, ``extend`` what comes after a sampled reply, and the sampled ids stay as
-they were sampled. ``force`` gives the ids that begin an action; put at a prompt's end they leave the policy no other kind of action.
+A stream of ids is opened once and from then on only extended; nothing that was sampled is ever decoded and encoded again. So
+a codec never renders a dialogue anew: ``open`` renders its beginning, ``extend`` what comes after a sampled reply, and the
+sampled ids stay as they were sampled. ``force`` gives the ids that begin an action; put at a prompt's end they leave the
+policy no other kind of action.
 
 ``TinyCodec`` is the language of the starter policies, one token per word:
 
-    questioner   <bos> <user> QUESTION <choice> red <choice> blue <assistant>      says  <look> where is the red star ? <eos>
-                 <tool> b2 <assistant>                                             says  <conclude> red <eos>
-    answerer     <bos> <user> <|vision_start|> <|image_pad|>*9 <|vision_end|> where is the red star ? <assistant>   says  b2 <eos>
-                 <user> what colour is at b3 ? <assistant>                         says  red <eos>
+    questioner   <bos> <user> QUESTION <choice> red <choice> blue <assistant>     says  <look> where is the red star ? <eos>
+                 <tool> b2 <assistant>                                            says  <conclude> red <eos>
+    answerer     <bos> <user> PICTURE where is the red star ? <assistant>         says  b2 <eos>
+                 <user> what colour is at b3 ? <assistant>                        says  red <eos>
+    PICTURE      <|vision_start|> <|image_pad|> ... <|image_pad|> <|vision_end|>
 
-``<conclude> red <because> WORDS`` and ``<because> WORDS <conclude> red`` carry an explanation. Text that holds a word outside the
-vocabulary, or the name of a special token, is refused by name: neither ``<unk>`` nor a forged token slips into a prompt.
+``<conclude> red <because> WORDS`` and ``<because> WORDS <conclude> red`` carry an explanation. Text that holds a word outside
+the vocabulary, or the name of a special token, is refused by name: neither ``<unk>`` nor a forged token slips into a prompt.
 ``ChatCodec`` for models with a chat template stands in ``monologue.agents.chat``.
 """
 
@@ -24,7 +26,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from monologue.agents.messages import Action, Conclude, Look, Message, ParseFault, Reply, ToolUse
 from monologue.agents.prompts import TINY, Wording
 from monologue.backends.base import Picture
-from monologue.backends.tokens import template_hash, tokenizer_hash
+from monologue.backends.tokens import SPECIALS, template_hash, tokenizer_hash
 
 Ids: TypeAlias = "tuple[int, ...]"
 Schema: TypeAlias = "Mapping[str, Any]"
@@ -86,6 +88,7 @@ def visual_tokens(count: VisualTokens, picture: Picture) -> int:
 
 TINY_LAYOUT = "tiny-1"
 OPENERS = {"user": "<user>", "tool": "<tool>", "assistant": "<assistant>"}
+MARKS = ("<look>", "<conclude>", "<because>")
 
 
 class TinyCodec:
@@ -94,15 +97,14 @@ class TinyCodec:
     wording = TINY
 
     def __init__(self, tokenizer: Any, visual_tokens: VisualTokens = 9) -> None:
-        """``tokenizer`` is a ``PreTrainedTokenizerFast`` with the tokens named above; ``visual_tokens`` counts placeholders per picture."""
-        self._core = tokenizer.backend_tokenizer
-        self._ids: dict[str, int] = tokenizer.get_vocab()
-        self._words = {number: word for word, number in self._ids.items()}
-        special = [word for word in self._ids if len(word) > 2 and word[0] == "<" and word[-1] == ">"]
-        missing = [word for word in ("<bos>", "<eos>", "<unk>", "<look>", "<conclude>", *OPENERS.values()) if word not in self._ids]
-        if missing:
-            raise CodecError(f"the tokenizer lacks {', '.join(missing)}; TinyCodec serves the starter policies' tokenizer only")
-        self._special = {self._ids[word] for word in special}
+        """``tokenizer`` encodes, decodes and knows the tokens of ``backends.tokens.SPECIALS``; ``visual_tokens`` are the
+        placeholders of a picture.
+        """
+        self._tokenizer = tokenizer
+        self._ids: dict[str, int] = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIALS}
+        if None in self._ids.values() or len(set(self._ids.values())) < len(SPECIALS):
+            raise CodecError(f"TinyCodec needs a tokenizer with the tokens {' '.join(SPECIALS)}; this one lacks some of them")
+        self._names = {number: name for name, number in self._ids.items()}
         self._count = visual_tokens
         self._eos = self._ids["<eos>"]
         self.stop_ids: Ids = (self._eos,)
@@ -112,7 +114,9 @@ class TinyCodec:
     def open(self, messages: Sequence[Message], tools: Sequence[Schema] = ()) -> Ids:
         foreign = [name for name in (tool["function"]["name"] for tool in tools) if name not in ("look", "conclude")]
         if foreign:
-            raise CodecError(f"the starter policies have no tokens for the tools {foreign!r}; play without them or seat a chat model")
+            raise CodecError(
+                f"the starter policies have no tokens for the tools {foreign!r}; play without them or seat a chat model"
+            )
         return (self._ids["<bos>"], *self._render(messages))
 
     def extend(self, messages: Sequence[Message], closed: bool = True) -> Ids:
@@ -123,15 +127,16 @@ class TinyCodec:
 
     def parse(self, ids: Sequence[int]) -> Action | ParseFault:
         closed = bool(ids) and ids[-1] == self._eos
-        words = [self._words.get(number, f"<id {number}>") for number in (ids[:-1] if closed else ids)]
-        parts = _marked(words)
-        fault = ParseFault(f"expected one look, one conclusion or plain words, got {' '.join(words)!r}.", " ".join(words))
-        if parts is None or any(not text for text in parts.values()):
+        said = ids[:-1] if closed else ids
+        parts = self._parts(said)
+        text = self.text(said)
+        fault = ParseFault(f"expected one look, one conclusion or plain words, got {text!r}.", text)
+        if parts is None or not all(parts.values()):
             return fault
         if list(parts) == [""]:
             return Reply(parts[""])
         if not closed:
-            return ParseFault("the action was cut off before its end.", " ".join(words))
+            return ParseFault("the action was cut off before its end.", text)
         if list(parts) == ["<look>"]:
             return Look(parts["<look>"])
         if "<conclude>" in parts and set(parts) <= {"<conclude>", "<because>"}:
@@ -151,7 +156,22 @@ class TinyCodec:
         return (*said, self._eos)
 
     def text(self, ids: Sequence[int]) -> str:
-        return " ".join(self._words.get(number, f"<id {number}>") for number in ids)
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _parts(self, ids: Sequence[int]) -> dict[str, str] | None:
+        """The words by the mark before them ("" for none); None where a special token is foreign or comes twice."""
+        parts: dict[str, list[int]] = {}
+        mark = ""
+        for number in ids:
+            name = self._names.get(number)
+            if name is None:
+                parts.setdefault(mark, []).append(number)
+            elif name not in MARKS or name in parts:
+                return None
+            else:
+                mark = name
+                parts[mark] = []
+        return {mark: self.text(said).strip() for mark, said in parts.items()} or None
 
     def _render(self, messages: Sequence[Message]) -> list[int]:
         ids: list[int] = []
@@ -175,24 +195,10 @@ class TinyCodec:
         return ids
 
     def _encode(self, text: str) -> Ids:
-        encoding = self._core.encode(text, add_special_tokens=False)
-        if not self._special.isdisjoint(encoding.ids):
-            spans = zip(encoding.ids, encoding.offsets, strict=True)
-            unknown = dict.fromkeys(text[start:end] for number, (start, end) in spans if number in self._special)
-            raise CodecError(f"the starter policies do not know {', '.join(map(repr, unknown))} in {text!r}; use the task's own words")
-        return tuple(encoding.ids)
-
-
-def _marked(words: Sequence[str]) -> dict[str, str] | None:
-    """Words by the marker before them ("" for none); None where a marker is foreign or comes twice."""
-    parts: dict[str, list[str]] = {}
-    current = ""
-    for word in words:
-        if word.startswith("<") and len(word) > 2:
-            if word not in ("<look>", "<conclude>", "<because>") or word in parts:
-                return None
-            current = word
-            parts[current] = []
-        else:
-            parts.setdefault(current, []).append(word)
-    return {marker: " ".join(said) for marker, said in parts.items()} or None
+        ids = self._tokenizer.encode(text, add_special_tokens=False) if text else []
+        if self._names.keys() & ids:
+            unknown = [
+                word for word in text.split() if self._names.keys() & self._tokenizer.encode(word, add_special_tokens=False)
+            ]
+            raise CodecError(f"the starter policies do not know the words {unknown!r} in {text!r}; use the task's own words")
+        return tuple(ids)

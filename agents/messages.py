@@ -1,8 +1,8 @@
 """What is said to a policy and what it decides, free of any model family's tokens.
 
-A message goes in, an action comes out; a codec (``monologue.agents.codec``) turns the one into ids and ids into the other. A reply
-that does not parse is a ``ParseFault``: a value, not an exception, since a model's mistake is data and only our own bugs are raised.
-Choices stand apart from the text because some families mark them with a token of their own.
+A message goes in, an action comes out; a codec (``monologue.agents.codec``) turns the one into ids and ids into the other. A
+reply that does not parse is a ``ParseFault``: a value, not an exception, since a model's mistake is data and only our own
+bugs are raised. Choices stand apart from the text because some families mark them with a token of their own.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ class Message:
 
 
 def plain(action: Action) -> dict[str, Any]:
-    """An action as JSON values, for traces and graph state: ``{"kind": "look", "question": ...}``; fields left empty are left out."""
+    """An action as JSON values, for traces and graph state: ``{"kind": "look", "question": ...}``; fields left empty are left
+    out.
+    """
     kind = {Look: "look", Conclude: "conclude", ToolUse: "tool", Reply: "reply"}[type(action)]
     return {"kind": kind, **{name: value for name, value in asdict(action).items() if value not in (None, "")}}
 

@@ -1,8 +1,9 @@
 """A policy in its seat, and the one growing stream of ids that it has in an episode.
 
-A stream is opened by the first messages and afterwards only extended: prompt of call n+1 = prompt of call n + what was sampled + the new
-messages. That is what makes a trace trainable as it lies, and why ``act`` is the only place in the project that calls a backend for
-a decision. Every call is recorded on the span it is given, ids verbatim, before its action is looked at.
+A stream is opened by the first messages and afterwards only extended: prompt of call n+1 = prompt of call n + what was
+sampled + the new messages. That is what makes a trace trainable as it lies, and why ``act`` is the only place in the project
+that calls a backend for a decision. Every call is recorded on the span it is given, ids verbatim, before its action is looked
+at.
 """
 
 from __future__ import annotations
@@ -59,9 +60,11 @@ class Stream:
         tools: Sequence[Schema] = (),
         force: Force | None = None,
     ) -> Action | ParseFault:
-        """One call: the messages are appended, a reply is sampled, recorded and parsed. An action not of ``kinds`` is a fault.
+        """One call: the messages are appended, a reply is sampled, recorded and parsed. An action not of ``kinds`` is a
+        fault.
 
-        ``tools`` are explained when the stream opens; ``force`` fixes the kind of action by its first ids. Raises BackendError, CodecError.
+        ``tools`` are explained when the stream opens; ``force`` fixes the kind of action by its first ids. Raises
+        BackendError, CodecError.
         """
         codec = self.policy.codec
         new = codec.extend(messages, self._closed) if self.calls else codec.open(messages, tools)

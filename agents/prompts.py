@@ -1,7 +1,7 @@
 """Every string that a model of ours is shown, one record per language, so that wording is changed in one place.
 
-``CHAT`` speaks English to instruction-tuned models. ``TINY`` uses nothing but words of the starter policies' vocabulary, and says
-nothing that they were not trained to hear except in the corrections.
+``CHAT`` speaks English to instruction-tuned models. ``TINY`` uses nothing but words of the starter policies' vocabulary, and
+says nothing that they were not trained to hear except in the corrections.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ class Wording:
 
 CHAT = Wording(
     questioner=(
-        "You answer a question about a picture that you cannot see. Somebody else sees it. Call the tool `look` to ask them one short, "
-        "concrete question about the picture; do so as often as you need. When you are sure, call the tool `conclude` with your answer; "
-        "where choices are given, it must be one of them, word for word. Make exactly one call in each turn and say nothing else."
+        "You answer a question about a picture that you cannot see. Somebody else sees it. "
+        "Call the tool `look` to ask them one short, concrete question about the picture; do so as often as you need. "
+        "When you are sure, call the tool `conclude` with your answer; where choices are given, it must be one of them, "
+        "word for word. Make exactly one call in each turn and say nothing else."
     ),
     answerer=(
         "You see a picture. Answer each question about it in as few words as possible, from what is visible. "

@@ -1,7 +1,7 @@
 """The seat that asks and concludes: what it hears, what it may do.
 
-It never sees a picture. It acts by calls: ``look`` asks the answerer, ``conclude`` ends, further tools are the builder's. Everything
-here is a pure function of plain values, so any graph can seat a questioner.
+It never sees a picture. It acts by calls: ``look`` asks the answerer, ``conclude`` ends, further tools are the builder's.
+Everything here is a pure function of plain values, so any graph can seat a questioner.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tools beside ``look`` and ``conclude``: ordinary LangChain tools, called by name.
 
-A call that the model got wrong (unknown tool, arguments that do not fit, a ``ToolException``) is answered in words, so that it can be
-mended in the next turn. Any other exception is the tool's bug and propagates. ``calculator`` shows the form, and how to execute model
-text safely: a parser of our own over ``ast`` nodes, no eval.
+A call that the model got wrong (unknown tool, arguments that do not fit, a ``ToolException``) is answered in words, so that
+it can be mended in the next turn. Any other exception is the tool's bug and propagates. ``calculator`` shows the form, and
+how to execute model text safely: a parser of our own over ``ast`` nodes, no eval.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Toolbox:
         self._tools = {tool.name: tool for tool in tools}
         taken = {"look", "conclude"} & self._tools.keys()
         if taken or len(self._tools) != len(tools):
-            raise ValueError(f"tools need names of their own, other than look and conclude; got {[tool.name for tool in tools]!r}")
+            raise ValueError(
+                f"tools need names of their own, other than look and conclude; got {[tool.name for tool in tools]!r}"
+            )
 
     @property
     def schemas(self) -> tuple[Schema, ...]:
@@ -103,11 +105,15 @@ def calculator() -> BaseTool:
         except ValueError as error:
             raise ToolException(str(error)) from error
 
-    return StructuredTool.from_function(run, name="calculator", description="Value of an arithmetic expression, e.g. 2 * (3 + 4).")
+    return StructuredTool.from_function(
+        run, name="calculator", description="Value of an arithmetic expression, e.g. 2 * (3 + 4)."
+    )
 
 
 def enlarge(image: Image, region: Region, shortest: int = 224, longest: int = 1024) -> Image:
-    """The region of a picture, scaled so that its shorter side has ``shortest`` pixels, or its longer side ``longest`` if that is less."""
+    """The region of a picture, scaled so that its shorter side has ``shortest`` pixels, or its longer side ``longest`` if
+    that is less.
+    """
     width, height = image.size
     left, top = int(region[0] * width), int(region[1] * height)
     right, bottom = max(left + 1, round(region[2] * width)), max(top + 1, round(region[3] * height))

@@ -1,4 +1,5 @@
-"""Caption first, then conclude: the answerer describes the picture without knowing the question, the questioner concludes from that alone.
+"""Caption first, then conclude: the answerer describes the picture without knowing the question, the questioner concludes
+from that alone.
 
 Tells what asking is worth: the same two policies with the same budget of one picture, but no questions.
 """
@@ -41,7 +42,9 @@ def then(state: State, action: Action | ParseFault, context: Context) -> Step:
 def build() -> Any:
     """The compiled graph."""
     graph = StateGraph(State, context_schema=Context)
-    graph.add_node("caption", policy_node("caption", "answerer", hear, then, answerer.KINDS), destinations=("ask", "caption", END))
+    graph.add_node(
+        "caption", policy_node("caption", "answerer", hear, then, answerer.KINDS), destinations=("ask", "caption", END)
+    )
     graph.add_node("ask", conclude(), destinations=("ask", END))
     graph.add_edge(START, "caption")
     return graph.compile(name="caption")
@@ -49,4 +52,6 @@ def build() -> Any:
 
 def oracle(problem: Problem) -> Mapping[str, tuple[Action, ...]]:
     """Problems carry true replies to questions, but no true caption."""
-    raise GraphError("problems come without an oracle caption, so the oracle cannot play the graph 'caption'; play 'monologue' with it")
+    raise GraphError(
+        "problems come without an oracle caption, so the oracle cannot play the graph 'caption'; play 'monologue' with it"
+    )

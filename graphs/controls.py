@@ -1,11 +1,13 @@
-"""Controls: episodes in which the answerer's evidence is about another problem. A monologue that reasons from evidence must fail them.
+"""Controls: the answerer's evidence is about another problem. A monologue that reasons from evidence must fail them.
 
-Every problem gets a partner, another problem of the same family where the family has two or more, by a derangement drawn from the seed.
+Every problem gets a partner, another problem of the same family where the family has two or more, by a derangement drawn from
+the seed.
 
     wrong-picture     the answerer sees the partner's picture and is asked what the questioner asks.
-    shuffle-answers   the answerer sees the partner's picture, and instead of the questioner's k-th question it is asked the k-th look-up of
-                      the partner's own oracle monologue (k modulo their number). So the questioner hears replies of the kind it expects,
-                      from an answerer at work on another episode, but independent of its own picture and of what it asked.
+    shuffle-answers   the answerer sees the partner's picture, and in place of the questioner's k-th question it is asked the
+                      k-th look-up of the partner's own oracle monologue (k modulo their number). So the questioner hears
+                      replies of the kind that it expects, from an answerer at work on another problem, but independent of
+                      its own picture and of what it asked.
 
 Spans record what each policy really saw and heard; the episode's ``extra`` names the control and the partner.
 """
@@ -48,6 +50,8 @@ def other_questions(control: str | None, partner: Problem | None) -> Callable[[i
     if control != "shuffle-answers" or partner is None:
         return same_question
     if not partner.oracle:
-        raise GraphError(f"shuffle-answers asks the partner's own look-ups, but problem {partner.id!r} has no oracle; use wrong-picture")
+        raise GraphError(
+            f"shuffle-answers asks the partner's own look-ups, but problem {partner.id!r} has no oracle; use wrong-picture"
+        )
     turns = partner.oracle
     return lambda look, question: turns[look % len(turns)].question

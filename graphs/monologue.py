@@ -1,10 +1,12 @@
 """The inner monologue: a questioner that never sees asks, an answerer that sees replies, until the questioner concludes.
 
-    START -> ask -> answer -> ask -> ... -> END         (ask -> tools -> ask for the builder's tools, ask -> ask after a correction)
+    START -> ask -> answer -> ask -> ... -> END
+             ask -> tools -> ask                for the builder's tools
+             ask -> ask                         after a correction
 
-With ``looks=None`` stopping is learned: the questioner's own action ends the episode, and the budget is a hard stop without an answer. With
-``looks=k`` it asks exactly k questions and must then conclude, as in IMMO; the kind of each action is fixed by its first token, its content
-is the policy's.
+With ``looks=None`` stopping is learned: the questioner's own action ends the episode, and the budget is a hard stop without
+an answer. With ``looks=k`` it asks exactly k questions and must then conclude, as in IMMO; the kind of each action is fixed
+by its first token, its content is the policy's.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ def build(looks: int | None = None) -> Any:
 def oracle(problem: Problem) -> Mapping[str, tuple[Action, ...]]:
     """What perfect policies say: the problem's own look-ups with their true replies, then gold."""
     if problem.oracle is None or problem.gold is None:
-        raise GraphError(f"problem {problem.id!r} has no oracle monologue; the oracle can only play problems that come with one")
+        raise GraphError(
+            f"problem {problem.id!r} has no oracle monologue; the oracle can only play problems that come with one"
+        )
     looks = tuple(Look(turn.question) for turn in problem.oracle)
     ends = Conclude(problem.choices[problem.gold], problem.explanation)
     return {"questioner": (*looks, ends), "answerer": tuple(Reply(turn.reply) for turn in problem.oracle)}

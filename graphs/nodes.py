@@ -1,8 +1,9 @@
 """Nodes from which graphs are made: a policy acts, the answerer is asked, a tool is called.
 
-``policy_node`` is the whole art: what the role hears, what follows from its action. It opens the span, grows the role's stream, records the
-edge taken, and refuses an update with a key that the state does not have (LangGraph would drop it in silence). A builder's own node is
-written the same way, or freely with ``context.turn(role, node)``; both are traced and trainable with no further code.
+``policy_node`` is the whole art: what the role hears, what follows from its action. It opens the span, grows the role's
+stream, records the edge taken, and refuses an update with a key that the state does not have (LangGraph would drop it in
+silence). A builder's own node is written the same way, or freely with ``context.turn(role, node)``; both are traced and
+trainable with no further code.
 """
 
 from __future__ import annotations
@@ -136,7 +137,13 @@ def ask(force: Callable[[State], Force | None] = lambda state: None) -> Node:
 def conclude() -> Node:
     """The questioner's node where it can only conclude."""
     return policy_node(
-        "ask", "questioner", hear_question, after_question, (Conclude,), lambda context: (questioner.CONCLUDE,), lambda state: "conclude"
+        "ask",
+        "questioner",
+        hear_question,
+        after_question,
+        (Conclude,),
+        lambda context: (questioner.CONCLUDE,),
+        lambda state: "conclude",
     )
 
 

@@ -1,39 +1,26 @@
 """The oracle's seat: says what a perfect policy would say, through the same graph, codec and recorder as any policy.
 
-So ``play`` with oracles in its seats writes a training set for imitation in the same form as every other trace: the ids of the oracle's actions
-stand where sampled ids stand, with loss on them; log-probs are None, since nothing was sampled. Pictures are located as the model to be
-trained will see them, for which the answerer's oracle is lent that model's eyes.
+So ``play`` with oracles in its seats writes a training set for imitation in the same form as every other trace: the ids of
+the oracle's actions stand where sampled ids stand, with loss on them; log-probs are None, since nothing was sampled. Pictures
+are located as the model to be trained will see them, for which the answerer's oracle is lent that model's eyes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
-
-from PIL.Image import Image
+from typing import TypeAlias
 
 from monologue.agents.codec import Codec, Ids
+from monologue.agents.load import Eyes
 from monologue.agents.policy import Policy
 from monologue.backends.base import Facts, Generation, ImageFacts, Prompt, RequestRefused, Sampling
-from monologue.backends.pictures import Placeholders, locate
+from monologue.backends.pictures import locate
 from monologue.graphs.registry import Graph
 from monologue.graphs.state import GraphError
 from monologue.tasks.base import Problem
 
 Seat: TypeAlias = "Policy | Callable[[Graph, Problem, str], Policy]"
 """A policy, or what makes one for a role in one episode."""
-
-
-class Eyes(Protocol):
-    """How a model's engine places pictures in a prompt; every engine that sees has these three."""
-
-    @property
-    def image_token_id(self) -> int | None: ...
-
-    @property
-    def processor_hash(self) -> str: ...
-
-    def placeholders(self, image: Image) -> Placeholders: ...
 
 
 class Recital:
@@ -64,7 +51,9 @@ class Recital:
         if not prompt.pictures:
             return ()
         if self._eyes is None:
-            raise GraphError("the oracle was shown a picture but lent no eyes; pass oracle(codec, eyes=engine) with the engine to be trained")
+            raise GraphError(
+                "the oracle was shown a picture but lent no eyes; pass oracle(codec, eyes=engine) with the engine to be trained"
+            )
         rooms = tuple(self._eyes.placeholders(picture.image) for picture in prompt.pictures)
         return locate(prompt, rooms, self._eyes.image_token_id, self._eyes.processor_hash)
 
@@ -76,7 +65,9 @@ def _forced(prompt: Ids, line: Ids) -> int:
 
 def oracle(codec: Codec, eyes: Eyes | None = None, policy_id: str = "oracle") -> Callable[[Graph, Problem, str], Policy]:
     """A seat in which the graph's oracle plays, in the language of ``codec``; ``eyes`` are needed where pictures are shown."""
-    facts = Facts("oracle", "oracle", "1", "oracle", codec.tokenizer_hash, codec.template_hash, eyes is not None, 1 << 20, logprobs=False)
+    facts = Facts(
+        "oracle", "oracle", "1", "oracle", codec.tokenizer_hash, codec.template_hash, eyes is not None, 1 << 20, logprobs=False
+    )
 
     def seat(graph: Graph, problem: Problem, role: str) -> Policy:
         if graph.oracle is None:

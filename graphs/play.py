@@ -1,8 +1,9 @@
 """Plays a graph on problems, many episodes at once, each a trace; engines gather the concurrent calls into batches.
 
-An episode that breaks is recorded as failed and the others go on; only a run folder that cannot be written ends the whole play. Ctrl-C ends
-it too: what was finished is on disk already, what was under way is recorded as cancelled. With ``resume`` a run is continued: whatever
-ended well is neither repeated nor lost, the rest is played again with the next attempt number and the same seed.
+An episode that breaks is recorded as failed and the others go on; only a run folder that cannot be written ends the whole
+play. Ctrl-C ends it too: what was finished is on disk already, what was under way is recorded as cancelled. With ``resume`` a
+run is continued: whatever ended well is neither repeated nor lost, the rest is played again with the next attempt number and
+the same seed.
 """
 
 from __future__ import annotations
@@ -127,8 +128,12 @@ def _mix(*parts: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def play(graph: str | Graph, problems: Iterable[Problem], seats: Mapping[str, Seat], run: str | Path | RunWriter, **options: Any) -> Summary:
-    """``aplay`` for callers without an event loop. KeyboardInterrupt propagates after the episodes under way were recorded as cancelled."""
+def play(
+    graph: str | Graph, problems: Iterable[Problem], seats: Mapping[str, Seat], run: str | Path | RunWriter, **options: Any
+) -> Summary:
+    """``aplay`` for callers without an event loop. KeyboardInterrupt propagates after the episodes under way were recorded as
+    cancelled.
+    """
     return asyncio.run(aplay(graph, problems, seats, run, **options))
 
 
@@ -157,7 +162,14 @@ async def aplay(
     chosen = find(graph) if isinstance(graph, str) else graph
     _check(chosen, seats, control, samples, concurrency, max_turns)
     problems = list(problems) if control else problems
-    settings = {"graph": chosen.name, "samples": samples, "seed": seed, "max_turns": max_turns, "control": control, **(config or {})}
+    settings = {
+        "graph": chosen.name,
+        "samples": samples,
+        "seed": seed,
+        "max_turns": max_turns,
+        "control": control,
+        **(config or {}),
+    }
     done = earlier(run, chosen.name, control) if resume else {}
     writer = run if isinstance(run, RunWriter) else RunWriter(Path(run), settings, resume=resume)
     pairs = partners(problems, seed) if isinstance(problems, list) and control else {}
@@ -172,23 +184,33 @@ async def aplay(
     return summary
 
 
-def _check(graph: Graph, seats: Mapping[str, Seat], control: str | None, samples: int, concurrency: int, max_turns: int) -> None:
+def _check(
+    graph: Graph, seats: Mapping[str, Seat], control: str | None, samples: int, concurrency: int, max_turns: int
+) -> None:
     missing, extra = set(graph.roles) - set(seats), set(seats) - set(graph.roles)
     if missing:
         raise GraphError(f"graph {graph.name!r} needs a policy for {', '.join(sorted(missing))}; got {sorted(seats)}")
     if extra:
-        raise GraphError(f"graph {graph.name!r} has no seat for {', '.join(sorted(extra))}; its seats are {', '.join(graph.roles)}")
+        raise GraphError(
+            f"graph {graph.name!r} has no seat for {', '.join(sorted(extra))}; its seats are {', '.join(graph.roles)}"
+        )
     if control is not None and control not in CONTROLS:
         raise GraphError(f"unknown control {control!r}; choose from {', '.join(CONTROLS)}")
     if control is not None and control not in graph.controls:
-        raise GraphError(f"control {control!r} has no meaning in graph {graph.name!r}, which allows {', '.join(graph.controls) or 'none'}")
+        raise GraphError(
+            f"control {control!r} has no meaning in graph {graph.name!r}, which allows {', '.join(graph.controls) or 'none'}"
+        )
     for name, value in (("samples", samples), ("concurrency", concurrency), ("max_turns", max_turns)):
         if value < 1:
             raise GraphError(f"{name} must be at least 1, got {value!r}")
 
 
 def _jobs(
-    problems: Iterable[Problem], samples: int, done: Mapping[tuple[str, int], Earlier], table: Table, skip: Callable[[Played], object]
+    problems: Iterable[Problem],
+    samples: int,
+    done: Mapping[tuple[str, int], Earlier],
+    table: Table,
+    skip: Callable[[Played], object],
 ) -> Iterator[Job]:
     """What is left to play; ``skip`` is told of each episode that ended well before."""
     for problem in problems:
@@ -201,7 +223,7 @@ def _jobs(
 
 
 async def _all(concurrency: int, jobs: Iterator[Job], table: Table, done: Callable[[Played], object]) -> None:
-    """Workers share one iterator, so problems are made as they are needed; the first error that propagates stops all of them."""
+    """Workers share one iterator, so problems are made when they are needed; an error that propagates stops all of them."""
 
     async def worker() -> None:
         for job in jobs:

@@ -1,7 +1,7 @@
-"""Graphs by name, each with the seats that it has and what an oracle says in them. A builder's own graph is one more ``Graph``.
+"""Graphs by name, each with the seats that it has and what an oracle says in them.
 
-    find("monologue")            learned stop
-    find("monologue:looks=2")    two questions, then a conclusion, as in IMMO
+``find("monologue")`` is the graph with a learned stop, ``find("monologue:looks=2")`` asks two questions and then concludes,
+as in IMMO. A builder's own graph is one more ``Graph``, given to ``play`` as it is or made known by ``register``.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def find(name: str) -> Graph:
     return found
 
 
-register(Graph("monologue", ("questioner", "answerer"), monologue.build, monologue.oracle, ("shuffle-answers", "wrong-picture")))
+register(
+    Graph("monologue", ("questioner", "answerer"), monologue.build, monologue.oracle, ("shuffle-answers", "wrong-picture"))
+)
 register(Graph("direct", ("answerer",), direct.build, direct.oracle, ("wrong-picture",)))
 register(Graph("caption", ("questioner", "answerer"), caption.build, caption.oracle, ("wrong-picture",)))
 register(Graph("blind", ("questioner",), blind.build, blind.oracle))

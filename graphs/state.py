@@ -1,8 +1,8 @@
 """What travels through a graph: plain values in the state, live objects in the context.
 
-The state is what LangGraph streams, draws and could checkpoint, so it holds strings, numbers and plain records only. Models, pictures and
-the recorder are in the ``Context``, which LangGraph hands to every node as ``runtime.context`` and never stores. Streams of ids live there
-too: an episode is played in one go, and one that is cut off is played again from its start.
+The state is what LangGraph streams, draws and could checkpoint, so it holds strings, numbers and plain records only. Models,
+pictures and the recorder are in the ``Context``, which LangGraph hands to every node as ``runtime.context`` and never stores.
+Streams of ids live there too: an episode is played in one go, and one that is cut off is played again from its start.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class State(TypedDict, total=False):
     pending: dict[str, Any]
     """The plain action that waits to be carried out, ``{"kind": "look", "question": ...}``."""
     heard: dict[str, Any]
-    """What the next policy call hears: ``{"kind": "reply" | "fault" | "unanswered" | "caption", "text": ...}``; empty at first."""
+    """What the next policy call hears: ``{"kind": "reply" | "fault" | "unanswered" | "caption", "text": ...}``; empty at
+    first.
+    """
     dialogue: Annotated[list[dict[str, Any]], operator.add]
     """All turns so far: ``{"role": ..., "kind": ..., ...}``; each node adds its own."""
     asked: int
@@ -71,7 +73,8 @@ class Context:
     toolbox: Toolbox = field(default_factory=Toolbox)
     """The builder's tools."""
     asks: Callable[[int, str], str] = same_question
-    """What the answerer is really asked, given the number of the look and the question; other than identity only in controls."""
+    """What the answerer is really asked, given the number of the look and the question; other than identity only in controls.
+    """
     streams: dict[str, Stream] = field(default_factory=dict)
     """The growing ids of each role."""
 

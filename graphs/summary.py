@@ -111,7 +111,19 @@ def earlier(run: str | Path | RunWriter, graph: str, control: str | None) -> dic
         if end is not None and end.status == "ok":
             seconds = (end.ended_ns - start.started_ns) / 1e9
             last = {call.stream: len(call.prompt_ids) + len(call.sampled_ids) for call in episode.calls()}
-            ended = Played(*key[:1], start.family, None, key[1], start.attempt, "ok", end.answer, None, end.turns, sum(last.values()), seconds)
+            ended = Played(
+                *key[:1],
+                start.family,
+                None,
+                key[1],
+                start.attempt,
+                "ok",
+                end.answer,
+                None,
+                end.turns,
+                sum(last.values()),
+                seconds,
+            )
         found[key] = Earlier(max(before.attempts, start.attempt + 1), ended)
     return found
 
@@ -132,7 +144,13 @@ def progress_bar(wanted: bool, name: str, total: int | None) -> Iterator[Callabl
         yield lambda episode: None
         return
     right = scored = 0.0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(name, total=total, note="")
 
