@@ -112,7 +112,12 @@ class HFBackend:
         if self._processor is None:
             raise RequestRefused(f"expected no picture: {self._facts.model!r} is a text-only model")
         if image.size not in self._rooms:
-            _, grids = self._pixels([new("RGB", image.size)])
+            try:
+                _, grids = self._pixels([new("RGB", image.size)])
+            except ValueError as error:
+                raise RequestRefused(
+                    f"expected a picture that the model's processor takes, got {image.size!r} pixels: {error}"
+                ) from error
             frames, high, wide = (int(side) for side in grids[0])
             merge = int(self._processor.merge_size)
             self._rooms[image.size] = Placeholders((frames, high, wide), frames * high * wide // merge**2)
