@@ -9,7 +9,8 @@ the seed.
                       replies of the kind that it expects, from an answerer at work on another problem, but independent of
                       its own picture and of what it asked.
 
-Spans record what each policy really saw and heard; the episode's ``extra`` names the control and the partner.
+An oracle in the answerer's seat recites the partner's replies under either control. Spans record what each policy really saw
+and heard; the episode's ``extra`` names the control and the partner.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class Table:
         problem, partner = job.problem, self.partners.get(job.problem.id)
         with self._record(job, partner) as record:
             context = Context(
-                seats={role: self._seated(seat, problem, role) for role, seat in self.seats.items()},
+                seats={role: self._seated(role, problem, partner or problem) for role in self.seats},
                 record=record,
                 pictures=tuple(record.store(picture()) for picture in (partner or problem).pictures),
                 seed=_mix(self.seed, problem.id, job.sample),
@@ -116,8 +116,10 @@ class Table:
             extra=extra,
         )
 
-    def _seated(self, seat: Seat, problem: Problem, role: str) -> Policy:
-        return seat if isinstance(seat, Policy) else seat(self.graph, problem, role)
+    def _seated(self, role: str, problem: Problem, shown: Problem) -> Policy:
+        """The policy of a role; whoever sees the picture is seated for the problem that is shown."""
+        seat = self.seats[role]
+        return seat if isinstance(seat, Policy) else seat(self.graph, shown if role == "answerer" else problem, role)
 
     def judge(self, problem: Problem, answer: str | None) -> float | None:
         return None if problem.gold is None else self.score(problem, answer)

@@ -21,7 +21,7 @@ def test_the_calculator_agrees_with_python(a: int, b: int, c: int) -> None:
     "text", ["__import__('os')", "a", "2 ** 9", "1 / 0", "(1).real", "[1]", "'a' * 9", "1e308 * 10", "1" * 300, ""]
 )
 def test_the_calculator_refuses_everything_but_arithmetic(text: str) -> None:
-    with pytest.raises(ValueError, match="cannot calculate|expected"):
+    with pytest.raises(ValueError, match=r"cannot calculate|expected"):
         calculate(text)
 
 
@@ -55,4 +55,4 @@ def test_a_tool_may_not_take_the_name_of_an_action() -> None:
 def test_an_enlarged_region_has_a_bounded_size(numbers: tuple[float, float, float, float]) -> None:
     left, top, wide, high = numbers
     part = enlarge(Image.new("RGB", (300, 20)), (left, top, min(1, left + wide), min(1, top + high)))
-    assert 1 <= min(part.size) and max(part.size) <= 1024
+    assert min(part.size) >= 1 and max(part.size) <= 1024
