@@ -17,9 +17,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from PIL.Image import Image
+from monologue.traces.images import Picture
 
 FinishReason = Literal["stop", "length", "abort"]
+
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "BackendTimeout",
+    "BackendUnavailable",
+    "Facts",
+    "FinishReason",
+    "Generation",
+    "ImageFacts",
+    "Picture",
+    "Prompt",
+    "RequestRefused",
+    "Sampling",
+]
 
 
 class BackendError(Exception):
@@ -81,14 +97,6 @@ class ImageFacts:
     placeholder_count: int
     """Number of placeholders, i.e. of visual tokens that the language model sees."""
     processor_hash: str
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """An image and the hash of the PNG bytes it is stored as. Made by ``monologue.traces.images``."""
-
-    sha256: str
-    image: Image
 
 
 @dataclass(frozen=True, slots=True)

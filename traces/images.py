@@ -1,0 +1,97 @@
+"""Pictures by content: opened within limits, kept once as PNG under their SHA-256, never inline in a span.
+
+Opening is where strangers' files come in, so everything is bounded before a pixel is decoded: kind of file, size on disk, format, number of
+pixels. Every refusal is one sentence that says what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+LARGEST_FILE = 20 * 2**20
+"""Bytes."""
+MOST_PIXELS = 40_000_000
+
+
+class PictureError(ValueError):
+    """A picture that cannot or must not be opened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image and the hash of the PNG bytes that it is stored as."""
+
+    sha256: str
+    """Name of its file."""
+    image: Image.Image
+    """RGB."""
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """An RGB picture from a file. Raises PictureError for anything else."""
+    path = Path(path)
+    if not path.exists():
+        raise PictureError(f"expected a picture file, but {str(path)!r} does not exist")
+    if not path.is_file():
+        raise PictureError(f"expected a picture file, but {str(path)!r} is a folder or device; name one picture")
+    size = path.stat().st_size
+    if size > LARGEST_FILE:
+        raise PictureError(f"expected a picture of at most {LARGEST_FILE >> 20} MB, but {str(path)!r} has {size / 2**20:.0f} MB; scale it down")
+    return decode(path.read_bytes(), repr(str(path)))
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """An RGB picture from the bytes of a file; ``name`` is how errors call it. Raises PictureError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower than Pillow's
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    limit = MOST_PIXELS // 1_000_000
+                    raise PictureError(f"expected at most {limit} million pixels, but {name} has {image.width} x {image.height}; scale it down")
+                image.load()
+                return image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise PictureError(f"expected at most {MOST_PIXELS // 1_000_000} million pixels, but {name} has far more; scale it down") from error
+    except UnidentifiedImageError as error:
+        raise PictureError(f"expected a {', '.join(FORMATS)} picture, but {name} is none of these; convert it first") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, PictureError):
+            raise
+        raise PictureError(f"expected a whole picture, but {name} is truncated or damaged ({error}); save it anew") from error
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The picture as PNG; equal pixels give equal bytes."""
+    buffer = io.BytesIO()
+    (image if image.mode == "RGB" else image.convert("RGB")).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def keep(folder: Path, data: bytes) -> str:
+    """Writes PNG bytes under their hash, whole or not at all; a picture that is there already costs nothing. Raises OSError."""
+    name = digest(data)
+    target = folder / f"{name}.png"
+    if not target.exists():
+        handle, part = tempfile.mkstemp(dir=folder, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(part, target)
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise
+    return name
