@@ -214,10 +214,9 @@ def _read_call(call: str, text: str) -> Action | ParseFault:
         return _look(arguments, text)
     if name == "conclude":
         answer, why = arguments.get("answer"), arguments.get("explanation", "")
-        good = (
-            isinstance(answer, str) and answer.strip() and isinstance(why, str) and set(arguments) <= {"answer", "explanation"}
-        )
-        return Conclude(answer, why) if good else ParseFault(f"conclude needs an answer in words, got {arguments!r}.", text)
+        if isinstance(answer, str) and answer.strip() and isinstance(why, str) and set(arguments) <= {"answer", "explanation"}:
+            return Conclude(answer, why)
+        return ParseFault(f"conclude needs an answer in words, got {arguments!r}.", text)
     return ToolUse(name, arguments)
 
 

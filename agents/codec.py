@@ -13,7 +13,7 @@ policy no other kind of action.
                  <user> what colour is at b3 ? <assistant>                        says  red <eos>
     PICTURE      <|vision_start|> <|image_pad|> ... <|image_pad|> <|vision_end|>
 
-``<conclude> red <because> WORDS`` and ``<because> WORDS <conclude> red`` carry an explanation. Text that holds a word outside
+``<because> WORDS <conclude> red`` weighs before it concludes; the other order is understood too. Text that holds a word outside
 the vocabulary, or the name of a special token, is refused by name: neither ``<unk>`` nor a forged token slips into a prompt.
 ``ChatCodec`` for models with a chat template stands in ``monologue.agents.chat``.
 """
@@ -150,7 +150,7 @@ class TinyCodec:
             said = (*self.force("look"), *self._encode(action.question))
         elif isinstance(action, Conclude):
             because = (self._ids["<because>"], *self._encode(action.explanation)) if action.explanation else ()
-            said = (*self.force("conclude"), *self._encode(action.answer), *because)
+            said = (*because, *self.force("conclude"), *self._encode(action.answer))
         else:
             said = self._encode(action.text)
         return (*said, self._eos)

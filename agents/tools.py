@@ -57,13 +57,13 @@ class Toolbox:
     async def call(self, use: ToolUse) -> str:
         """The tool's result as text, or what was wrong with the call."""
         from langchain_core.tools import ToolException
-        from pydantic import ValidationError
+        from pydantic import TypeAdapter, ValidationError
 
         tool = self._tools.get(use.name)
         if tool is None:
             return f"There is no tool {use.name!r}; there are: {', '.join(['look', 'conclude', *self._tools])}."
         try:
-            tool.get_input_schema().model_validate(use.arguments)
+            TypeAdapter(tool.get_input_schema()).validate_python(use.arguments)
         except ValidationError as error:
             return f"The arguments do not fit {use.name!r}: {error.errors()[0]['msg']}."
         try:
@@ -86,7 +86,7 @@ def calculate(expression: str) -> float:
 
 
 def _value(node: ast.expr) -> float:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
         return float(node.value)
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
         return OPERATIONS[type(node.op)](_value(node.left), _value(node.right))

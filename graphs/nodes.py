@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from functools import wraps
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from langgraph.graph import END
 from langgraph.runtime import Runtime
@@ -23,7 +23,12 @@ from monologue.agents.tools import enlarge
 from monologue.graphs.state import Context, GraphError, State
 
 Update: TypeAlias = "dict[str, Any]"
-Node: TypeAlias = "Callable[[State, Runtime[Context]], Awaitable[Command[str]]]"
+
+
+class Node(Protocol):
+    """A node as LangGraph calls it."""
+
+    def __call__(self, state: State, *, runtime: Runtime[Context]) -> Awaitable[Command[str]]: ...
 
 
 class Step(NamedTuple):
@@ -42,7 +47,7 @@ def checked(node: Node, keys: frozenset[str] = frozenset(State.__annotations__))
 
     @wraps(node)
     async def run(state: State, runtime: Runtime[Context]) -> Command[str]:
-        command = await node(state, runtime)
+        command = await node(state, runtime=runtime)
         unknown = set(command.update or {}) - keys
         if unknown:
             raise GraphError(f"a node wrote {sorted(unknown)}, which the state does not have; its keys are {sorted(keys)}")

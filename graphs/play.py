@@ -172,17 +172,25 @@ async def aplay(
         "control": control,
         **(config or {}),
     }
-    done = earlier(run, chosen.name, control) if resume else {}
-    writer = run if isinstance(run, RunWriter) else RunWriter(Path(run), settings, resume=resume)
     pairs = partners(problems, seed) if isinstance(problems, list) and control else {}
     for partner in pairs.values():
         other_questions(control, partner)
+    done = earlier(run, settings) if resume else {}
+    writer = run if isinstance(run, RunWriter) else RunWriter(Path(run), settings, resume=resume)
     table = Table(chosen, seats, Recorder(writer), score, seed, max_turns, Toolbox(tools), control, pairs)
     summary = Summary()
     total = len(problems) * samples if isinstance(problems, Sized) else None
-    with progress_bar(progress, chosen.name, total) as advance:
-        jobs = _jobs(problems, samples, done, table, lambda episode: (summary.add(episode, earlier=True), advance(episode)))
-        await _all(concurrency, jobs, table, lambda episode: (summary.add(episode), advance(episode)))
+    try:
+        with progress_bar(progress, chosen.name, total) as advance:
+
+            def ended(episode: Played, earlier: bool = False) -> None:
+                summary.add(episode, earlier)
+                advance(episode)
+
+            await _all(concurrency, _jobs(problems, samples, done, table, ended), table, ended)
+    finally:
+        if writer is not run:
+            writer.close()
     return summary
 
 
@@ -212,14 +220,14 @@ def _jobs(
     samples: int,
     done: Mapping[tuple[str, int], Earlier],
     table: Table,
-    skip: Callable[[Played], object],
+    ended: Callable[[Played, bool], None],
 ) -> Iterator[Job]:
-    """What is left to play; ``skip`` is told of each episode that ended well before."""
+    """What is left to play; ``ended`` is told of each episode that ended well before."""
     for problem in problems:
         for sample in range(samples):
             before = done.get((problem.id, sample))
             if before is not None and before.ended is not None:
-                skip(met_again(before.ended, problem, table.judge(problem, before.ended.answer)))
+                ended(met_again(before.ended, problem, table.judge(problem, before.ended.answer)), True)
             else:
                 yield Job(problem, sample, before.attempts if before else 0)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from monologue.graphs.state import GraphError
 from monologue.tasks.base import Problem, Score, summarize
-from monologue.traces.store import RunReader, RunWriter
+from monologue.traces.store import Episode, RunReader, RunWriter
+
+FIXED = ("graph", "seed", "max_turns", "control")
+"""Settings that may not change when a run is resumed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,37 +100,48 @@ class Earlier:
     """How it ended, where it ended well; the problem's facts are filled in when it is met again."""
 
 
-def earlier(run: str | Path | RunWriter, graph: str, control: str | None) -> dict[tuple[str, int], Earlier]:
-    """Episodes of this graph and control that the run already holds, by problem and sample."""
-    path = Path(run.path if isinstance(run, RunWriter) else run)
+def earlier(run: str | Path | RunWriter, settings: Mapping[str, Any]) -> dict[tuple[str, int], Earlier]:
+    """Episodes of this graph and control that the run already holds, by problem and sample.
+
+    Raises GraphError where the run was begun with other settings, since its episodes would not be of one kind. Whoever plays
+    several kinds into one run passes a RunWriter, and is not asked.
+    """
+    path = run.path if isinstance(run, RunWriter) else Path(run)
     found: dict[tuple[str, int], Earlier] = {}
     if not (path / "run.json").exists():
         return found
-    for episode in RunReader(path).episodes():
-        start, end = episode.start, episode.end
-        if start.graph != graph or start.extra.get("control") != control:
-            continue
-        key = (start.problem_id, start.sample_index)
-        before = found.get(key, Earlier(0, None))
-        ended = before.ended
-        if end is not None and end.status == "ok":
-            seconds = (end.ended_ns - start.started_ns) / 1e9
-            last = {call.stream: len(call.prompt_ids) + len(call.sampled_ids) for call in episode.calls()}
-            ended = Played(
-                *key[:1],
-                start.family,
-                None,
-                key[1],
-                start.attempt,
-                "ok",
-                end.answer,
-                None,
-                end.turns,
-                sum(last.values()),
-                seconds,
-            )
-        found[key] = Earlier(max(before.attempts, start.attempt + 1), ended)
+    reader = RunReader(path)
+    before = reader.info.get("config", {})
+    other = [key for key in FIXED if key in before and before[key] != settings[key]]
+    if other and not isinstance(run, RunWriter):
+        told = ", ".join(f"{key}={before[key]!r} (now {settings[key]!r})" for key in other)
+        raise GraphError(f"the run in {str(path)!r} was begun with {told}; resume it with the same, or name another folder")
+    for episode in reader.episodes():
+        start = episode.start
+        if (start.graph, start.extra.get("control")) == (settings["graph"], settings["control"]):
+            key = (start.problem_id, start.sample_index)
+            last = found.get(key, Earlier(0, None))
+            ended = _ended(episode) if episode.complete else last.ended
+            found[key] = Earlier(max(last.attempts, start.attempt + 1), ended)
     return found
+
+
+def _ended(episode: Episode) -> Played:
+    start, end = episode.start, episode.end
+    assert end is not None
+    lengths = {call.stream: len(call.prompt_ids) + len(call.sampled_ids) for call in episode.calls()}
+    return Played(
+        problem_id=start.problem_id,
+        family=start.family,
+        chance=None,
+        sample=start.sample_index,
+        attempt=start.attempt,
+        status="ok",
+        answer=end.answer,
+        turns=end.turns,
+        tokens=sum(lengths.values()),
+        seconds=(end.ended_ns - start.started_ns) / 1e9,
+    )
 
 
 def met_again(ended: Played, problem: Problem, score: float | None) -> Played:

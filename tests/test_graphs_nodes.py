@@ -67,7 +67,7 @@ async def test_an_update_of_a_key_that_the_state_lacks_is_refused() -> None:
         return Command(update={"anwser": "red"}, goto=END)
 
     with pytest.raises(GraphError, match="anwser"):
-        await checked(typo)({}, None)  # type: ignore[arg-type]
+        await checked(typo)({}, runtime=None)  # type: ignore[arg-type]
 
 
 def test_a_builders_own_graph_is_traced_and_trainable_with_no_further_code(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +30,7 @@ from monologue.tasks.base import OracleTurn, Problem
 from monologue.tasks.shapes import Shapes
 from monologue.traces.schema import PolicyCall
 from monologue.traces.store import RunReader
+from monologue.traces.verify import verify
 from tests.tokens import PLAIN, chat_tokenizer, tiny_tokenizer
 
 CODEC = TinyCodec(tiny_tokenizer())
@@ -62,7 +65,13 @@ def test_the_oracle_answers_everything_and_every_stream_grows_verbatim(tmp_path:
             stream = [call for call in episode if call.role == role]
             for before, after in pairwise(stream):
                 grown = before.prompt_ids + before.sampled_ids
-                assert after.prompt_ids[: len(grown)] == grown and after.prefix_len == len(grown)
+                assert after.prompt_ids[: len(grown)] == grown and after.prefix_length == len(grown)
+
+
+@pytest.mark.parametrize("control", [None, "shuffle-answers", "wrong-picture"])
+def test_a_played_run_passes_every_check(tmp_path: Path, control: str | None) -> None:
+    play("monologue", problems(20), oracles(), tmp_path / "run", control=control)
+    assert [check for check in verify(tmp_path / "run") if not check.ok] == []
 
 
 def test_oracle_traces_hold_what_open_action_ids_and_extend_say(tmp_path: Path) -> None:
@@ -196,6 +205,43 @@ async def test_an_interrupted_play_keeps_every_finished_episode(tmp_path: Path) 
     hold.set()
     again = await aplay("blind", problems(20), seats, tmp_path / "run")
     assert again.skipped == ends["ok"] and again.ok == 20
+
+
+INTERRUPTED = """
+import asyncio, os, signal, sys
+from monologue.agents.codec import TinyCodec
+from monologue.agents.policy import Policy
+from monologue.backends.scripted import ScriptedBackend
+from monologue.backends.tokens import ByteTokenizer
+from monologue.graphs.play import play
+from monologue.tasks.shapes import Shapes
+
+async def reply(request):
+    if request.index == 12:
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(60)
+    return "red"
+
+seats = {"questioner": Policy(ScriptedBackend(reply), TinyCodec(ByteTokenizer()))}
+play("blind", Shapes().problems("train", 20), seats, sys.argv[1], concurrency=3)
+"""
+
+
+def test_ctrl_c_leaves_a_run_that_can_be_resumed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED, str(run)], capture_output=True, text=True, timeout=120)
+    assert ended.returncode != 0 and "KeyboardInterrupt" in ended.stderr
+    kept = Counter(e.end.status if e.end else "unfinished" for e in RunReader(run).episodes())
+    assert kept["ok"] >= 10 and "unfinished" not in kept and kept["cancelled"] >= 1
+    again = play("blind", problems(20), {"questioner": scripted(lambda request: "red")}, run)
+    assert again.skipped == kept["ok"] and again.ok == 20
+
+
+def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path) -> None:
+    seats: dict[str, Seat] = {"questioner": oracle(CODEC)}
+    play("blind", problems(2), seats, tmp_path / "run", seed=1)
+    with pytest.raises(GraphError, match="begun with seed=1"):
+        play("blind", problems(2), seats, tmp_path / "run", seed=2)
 
 
 def test_the_same_seed_gives_the_same_tokens_whatever_runs_beside(tmp_path: Path) -> None:
