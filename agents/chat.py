@@ -32,18 +32,14 @@ STANDINS = ("stand-in zulu", "stand-in quebec")
 class ChatCodec:
     """Serves every model whose tokenizer has a chat template."""
 
-    def __init__(
-        self, tokenizer: Any, visual_tokens: VisualTokens = None, image_token: str | None = None, wording: Wording = CHAT
-    ) -> None:
+    def __init__(self, tokenizer: Any, visual_tokens: VisualTokens = None, image_token: str | None = None, wording: Wording = CHAT) -> None:
         """``visual_tokens`` counts the placeholders of a picture; ``image_token`` is the placeholder that the template writes
         once.
         """
         if not getattr(tokenizer, "chat_template", None):
             raise CodecError("the tokenizer has no chat template; ChatCodec needs one")
         if tokenizer.eos_token_id is None:
-            raise CodecError(
-                "the tokenizer names no end-of-sequence token; set tokenizer.eos_token to the token that ends a turn"
-            )
+            raise CodecError("the tokenizer names no end-of-sequence token; set tokenizer.eos_token to the token that ends a turn")
         self.wording = wording
         self._tokenizer = tokenizer
         self._count = visual_tokens
@@ -51,9 +47,7 @@ class ChatCodec:
         self._stop = str(tokenizer.eos_token)
         self.stop_ids: Ids = (int(tokenizer.eos_token_id),)
         names = [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]
-        self._forged = re.compile(
-            "|".join(map(re.escape, sorted({n for n in names if len(n) > 2}, key=len, reverse=True))) or r"(?!)"
-        )
+        self._forged = re.compile("|".join(map(re.escape, sorted({n for n in names if len(n) > 2}, key=len, reverse=True))) or r"(?!)")
         self.tokenizer_hash = tokenizer_hash(tokenizer)
         self.template_hash = template_hash(tokenizer.chat_template)
         asked = {"role": "user", "content": self._content("x")}
@@ -114,9 +108,7 @@ class ChatCodec:
         """A list of parts where the model sees, since some templates take nothing else; else a string, for the same reason."""
         if self._image_id is None:
             if pictures:
-                raise CodecError(
-                    "a picture was shown to a policy that does not see; seat a policy with an image processor there"
-                )
+                raise CodecError("a picture was shown to a policy that does not see; seat a policy with an image processor there")
             return text
         return [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]
 
@@ -138,9 +130,7 @@ class ChatCodec:
         said = [self._plain(message) for message in messages]
         found = {self._after(standin, said) for standin in STANDINS}
         if len(found) != 1:
-            raise CodecError(
-                "the chat template renders new messages differently after different replies, so streams cannot grow verbatim"
-            )
+            raise CodecError("the chat template renders new messages differently after different replies, so streams cannot grow verbatim")
         return found.pop()
 
     def _after(self, standin: str, said: list[dict[str, Any]]) -> str:
@@ -150,7 +140,7 @@ class ChatCodec:
         _, mark, tail = text.partition(standin)
         _, stop, behind = tail.partition(self._stop)
         if not mark or not stop:
-            raise CodecError(f"the chat template does not end a reply with {self._stop!r}, so streams cannot grow verbatim")
+            raise CodecError(f"the chat template does not show a reply that ends with {self._stop!r}, so streams cannot grow verbatim")
         return behind
 
     def _render(self, said: list[dict[str, Any]], tools: list[Schema] | None = None) -> str:
@@ -171,9 +161,7 @@ class ChatCodec:
         if self._image_id is None:
             return ids
         if ids.count(self._image_id) != len(pictures):
-            raise CodecError(
-                f"the chat template wrote {ids.count(self._image_id)} picture placeholders for {len(pictures)} pictures"
-            )
+            raise CodecError(f"the chat template wrote {ids.count(self._image_id)} picture placeholders for {len(pictures)} pictures")
         counts = iter([visual_tokens(self._count, picture) for picture in pictures])
         return tuple(copy for number in ids for copy in ([number] * next(counts) if number == self._image_id else [number]))
 

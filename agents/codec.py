@@ -114,9 +114,7 @@ class TinyCodec:
     def open(self, messages: Sequence[Message], tools: Sequence[Schema] = ()) -> Ids:
         foreign = [name for name in (tool["function"]["name"] for tool in tools) if name not in ("look", "conclude")]
         if foreign:
-            raise CodecError(
-                f"the starter policies have no tokens for the tools {foreign!r}; play without them or seat a chat model"
-            )
+            raise CodecError(f"the starter policies have no tokens for the tools {foreign!r}; play without them or seat a chat model")
         return (self._ids["<bos>"], *self._render(messages))
 
     def extend(self, messages: Sequence[Message], closed: bool = True) -> Ids:
@@ -197,8 +195,6 @@ class TinyCodec:
     def _encode(self, text: str) -> Ids:
         ids = self._tokenizer.encode(text, add_special_tokens=False) if text else []
         if self._names.keys() & ids:
-            unknown = [
-                word for word in text.split() if self._names.keys() & self._tokenizer.encode(word, add_special_tokens=False)
-            ]
+            unknown = [word for word in text.split() if self._names.keys() & self._tokenizer.encode(word, add_special_tokens=False)]
             raise CodecError(f"the starter policies do not know the words {unknown!r} in {text!r}; use the task's own words")
         return tuple(ids)

@@ -48,9 +48,7 @@ def seat(backend: Backend, role: str, sampling: Sampling | None = None, policy_i
     if tokenizer is None:
         raise CodecError(f"the engine {backend.facts.engine!r} carries no tokenizer; build a Policy with a codec of your own")
     if role == "answerer" and not backend.facts.sees:
-        raise CodecError(
-            f"the answerer must see, but {backend.facts.model!r} is a text-only model; seat a vision-language model"
-        )
+        raise CodecError(f"the answerer must see, but {backend.facts.model!r} is a text-only model; seat a vision-language model")
     eyes: Any = backend if backend.facts.sees else None
     return Policy(backend, codec_for(tokenizer, eyes), sampling or Sampling(), policy_id or backend.facts.model, trainable)
 

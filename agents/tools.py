@@ -41,9 +41,7 @@ class Toolbox:
         self._tools = {tool.name: tool for tool in tools}
         taken = {"look", "conclude"} & self._tools.keys()
         if taken or len(self._tools) != len(tools):
-            raise ValueError(
-                f"tools need names of their own, other than look and conclude; got {[tool.name for tool in tools]!r}"
-            )
+            raise ValueError(f"tools need names of their own, other than look and conclude; got {[tool.name for tool in tools]!r}")
 
     @property
     def schemas(self) -> tuple[Schema, ...]:
@@ -105,9 +103,7 @@ def calculator() -> BaseTool:
         except ValueError as error:
             raise ToolException(str(error)) from error
 
-    return StructuredTool.from_function(
-        run, name="calculator", description="Value of an arithmetic expression, e.g. 2 * (3 + 4)."
-    )
+    return StructuredTool.from_function(run, name="calculator", description="Value of an arithmetic expression, e.g. 2 * (3 + 4).")
 
 
 def enlarge(image: Image, region: Region, shortest: int = 224, longest: int = 1024) -> Image:

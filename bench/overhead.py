@@ -152,9 +152,7 @@ async def by_langgraph(policies: dict[str, Policy], episodes: int, graph: Any = 
 async def by_play(policies: dict[str, Policy], episodes: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         problems = [problem(index) for index in range(episodes)]
-        summary = await aplay(
-            "monologue", problems, policies, Path(folder) / "run", concurrency=1, max_turns=100, progress=False
-        )
+        summary = await aplay("monologue", problems, policies, Path(folder) / "run", concurrency=1, max_turns=100, progress=False)
         assert summary.score().accuracy == 1, summary.failed[:1]
 
 

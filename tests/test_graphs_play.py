@@ -17,9 +17,9 @@ from langchain_core.tools import StructuredTool
 
 from monologue.agents.chat import ChatCodec
 from monologue.agents.codec import TinyCodec
-from monologue.agents.messages import Conclude, Look, Reply
+from monologue.agents.messages import Conclude, Look, Message, Reply
 from monologue.agents.policy import Policy
-from monologue.backends.base import BackendError
+from monologue.backends.base import BackendError, Sampling
 from monologue.backends.scripted import Request, ScriptedBackend
 from monologue.backends.tokens import ByteTokenizer
 from monologue.graphs.controls import partners
@@ -31,7 +31,7 @@ from monologue.tasks.shapes import Shapes
 from monologue.traces.schema import PolicyCall
 from monologue.traces.store import RunReader
 from monologue.traces.verify import verify
-from tests.tokens import PLAIN, chat_tokenizer, tiny_tokenizer
+from tests.tokens import HERMES, PLAIN, chat_tokenizer, tiny_tokenizer
 
 CODEC = TinyCodec(tiny_tokenizer())
 EYES = ScriptedBackend([], tiny_tokenizer())
@@ -78,8 +78,6 @@ def test_oracle_traces_hold_what_open_action_ids_and_extend_say(tmp_path: Path) 
     problem = problems(1, "kin")[0]
     play("monologue", [problem], oracles(), tmp_path / "run")
     last = [call for call in calls(tmp_path / "run")[0] if call.role == "questioner"][-1]
-    from monologue.agents.messages import Message
-
     ids = CODEC.open([Message("user", problem.question, choices=problem.choices)])
     for turn in problem.oracle or ():
         ids += CODEC.action_ids(Look(turn.question)) + CODEC.extend([Message("tool", turn.reply)])
@@ -193,9 +191,7 @@ async def test_an_interrupted_play_keeps_every_finished_episode(tmp_path: Path) 
 
     seats = {"questioner": scripted(reply)}
     task = asyncio.ensure_future(aplay("blind", problems(20), seats, tmp_path / "run"))
-    while (
-        len([e for e in RunReader(tmp_path / "run").episodes() if e.end] if (tmp_path / "run/run.json").exists() else []) < 10
-    ):
+    while len([e for e in RunReader(tmp_path / "run").episodes() if e.end] if (tmp_path / "run/run.json").exists() else []) < 10:
         await asyncio.sleep(0.01)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -252,8 +248,7 @@ def test_the_same_seed_gives_the_same_tokens_whatever_runs_beside(tmp_path: Path
         seats = {"questioner": scripted(lottery)}
         play("blind", problems(10), seats, tmp_path / name, seed=seed, concurrency=concurrency, samples=3)
         return {
-            (e.start.problem_id, e.start.sample_index): next(iter(e.calls())).sampled_ids
-            for e in RunReader(tmp_path / name).episodes()
+            (e.start.problem_id, e.start.sample_index): next(iter(e.calls())).sampled_ids for e in RunReader(tmp_path / name).episodes()
         }
 
     assert sampled("a", 1, 64) == sampled("b", 1, 2) != sampled("c", 2, 64)
@@ -312,9 +307,7 @@ def test_a_wrong_picture_is_another_problems_while_the_question_stays(tmp_path: 
     play("monologue", chosen, seats, wrong, control="wrong-picture")
 
     def seen(run: Path) -> dict[str, str]:
-        return {
-            e.start.problem_id: c.images[0].sha256 for e in RunReader(run).episodes() for c in e.calls() if c.role == "answerer"
-        }
+        return {e.start.problem_id: c.images[0].sha256 for e in RunReader(run).episodes() for c in e.calls() if c.role == "answerer"}
 
     true, false = seen(plain), seen(wrong)
     assert sorted(true.values()) == sorted(false.values()) and all(true[key] != false[key] for key in true)
@@ -329,15 +322,38 @@ def test_a_builders_tool_is_called_recorded_and_heard(tmp_path: Path) -> None:
     said = iter(['{"name": "double", "arguments": {"number": 21}}', '{"name": "conclude", "arguments": {"answer": "42"}}'])
     tokenizer = chat_tokenizer(PLAIN)
     backend = ScriptedBackend(lambda request: f"<tool_call>\n{next(said)}\n</tool_call>", tokenizer)
-    seats = {"questioner": Policy(backend, ChatCodec(tokenizer, 4, "<|image_pad|>")), "answerer": scripted([])}
-    from monologue.backends.base import Sampling
-
-    seats["questioner"] = Policy(backend, ChatCodec(tokenizer, 4, "<|image_pad|>"), Sampling(max_tokens=500))
+    asker = Policy(backend, ChatCodec(tokenizer, 4, "<|image_pad|>"), Sampling(max_tokens=500))
+    seats: dict[str, Seat] = {"questioner": asker, "answerer": scripted([])}
     summary = play("monologue", problems(1), seats, tmp_path / "run", tools=[StructuredTool.from_function(double)])
     assert summary.episodes[0].answer == "42", summary.episodes
     assert '"double"' in backend.requests[0].text and "user\n42" in backend.requests[1].text
     (episode,) = RunReader(tmp_path / "run").episodes()
     assert [span.kind for span in episode.spans if span.kind != "episode"].count("tool") == 1
+
+
+def test_a_look_at_a_region_shows_the_answerer_that_part_enlarged(tmp_path: Path) -> None:
+    look = '{"name": "look", "arguments": {"question": "what colour is it ?", "region": [0, 0, 0.5, 0.5]}}'
+    said = iter([look, look, '{"name": "conclude", "arguments": {"answer": "red"}}'])
+    tokenizer = chat_tokenizer(HERMES)
+    asker = ScriptedBackend(lambda request: f"<tool_call>\n{next(said)}\n</tool_call>", tokenizer)
+    seats: dict[str, Seat] = {
+        "questioner": Policy(asker, ChatCodec(tokenizer), Sampling(max_tokens=500)),
+        "answerer": scripted(lambda request: "b2"),
+    }
+    assert play("monologue", problems(1), seats, tmp_path / "run").episodes[0].answer == "red"
+    first, second = (call for call in calls(tmp_path / "run")[0] if call.role == "answerer")
+    assert [image.width for image in first.images] == [84, 224] and [image.width for image in second.images] == [84, 224, 224]
+    assert [check for check in verify(tmp_path / "run") if not check.ok] == []
+
+
+def test_progress_is_silent_without_a_terminal_and_drawn_on_one(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play("blind", problems(3), {"questioner": oracle(CODEC)}, tmp_path / "silent")
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    play("blind", problems(3), {"questioner": oracle(CODEC)}, tmp_path / "drawn")
+    assert "accuracy 1.000" in capfd.readouterr().err
 
 
 def test_bad_options_are_refused_in_one_sentence(tmp_path: Path) -> None:
