@@ -94,9 +94,7 @@ class Batcher(Generic[Job, Result]):
         try:
             return await asyncio.wait_for(ticket.future, None if timeless else self._timeout)
         except asyncio.TimeoutError as error:
-            raise BackendTimeout(
-                f"{self._name} gave no answer within {self._timeout} s; allow more time or fewer tokens"
-            ) from error
+            raise BackendTimeout(f"{self._name} gave no answer within {self._timeout} s; allow more time or fewer tokens") from error
 
     async def aclose(self) -> None:
         """Turns away what waits or runs, and returns when the worker has stopped. Closing twice is harmless."""

@@ -72,12 +72,8 @@ def open_model(source: str, *, device: str, dtype: torch.dtype, local_files_only
     where = {"trust_remote_code": False, "local_files_only": local_files_only}
     with _one_sentence(source, "a model with safetensors weights"):
         config = AutoConfig.from_pretrained(source, **where)
-        family: Any = (
-            AutoModelForImageTextToText if type(config) in AutoModelForImageTextToText._model_mapping else AutoModelForCausalLM
-        )
-        model, found = family.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
-        )
+        family: Any = AutoModelForImageTextToText if type(config) in AutoModelForImageTextToText._model_mapping else AutoModelForCausalLM
+        model, found = family.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **where)
     lost = sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"])))
     if lost:
         raise BackendError(f"expected weights for all of the model in {source!r}, {len(lost)} are missing, such as {lost[0]!r}")
@@ -110,9 +106,7 @@ def _check_place(source: str) -> None:
         if (folder / "adapter_config.json").is_file():
             raise BackendError(f"expected full weights in {source!r}, got an adapter; merge it into its model first")
         if not (folder / "config.json").is_file():
-            raise BackendError(
-                f"expected a model folder (config.json, *.safetensors, tokenizer.json), got {source!r} without config.json"
-            )
+            raise BackendError(f"expected a model folder (config.json, *.safetensors, tokenizer.json), got {source!r} without config.json")
     elif folder.exists() or not _HUB_NAME.fullmatch(source):
         raise BackendError(f"expected a model folder or the name of a model on the Hub, got {source!r}, which is neither")
 

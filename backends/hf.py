@@ -86,9 +86,7 @@ class HFBackend:
         config = self._model.config
         self.image_token_id: int | None = getattr(config, "image_token_id", None) if self._processor else None
         self._banned = tuple(
-            sorted(
-                {i for i in (self.image_token_id, getattr(config, "video_token_id", None)) if self._processor and i is not None}
-            )
+            sorted({i for i in (self.image_token_id, getattr(config, "video_token_id", None)) if self._processor and i is not None})
         )
         self._vocabulary = int(self._model.get_input_embeddings().num_embeddings)
         self._decoder, self._threads = Decoder(self._model, self._banned), threads
@@ -115,9 +113,7 @@ class HFBackend:
             try:
                 _, grids = self._pixels([new("RGB", image.size)])
             except ValueError as error:
-                raise RequestRefused(
-                    f"expected a picture that the model's processor takes, got {image.size!r} pixels: {error}"
-                ) from error
+                raise RequestRefused(f"expected a picture that the model's processor takes, got {image.size!r} pixels: {error}") from error
             frames, high, wide = (int(side) for side in grids[0])
             merge = int(self._processor.merge_size)
             self._rooms[image.size] = Placeholders((frames, high, wide), frames * high * wide // merge**2)
@@ -175,9 +171,7 @@ class HFBackend:
         if not prompt.ids:
             raise RequestRefused("expected at least one prompt id, got none")
         if len(prompt.ids) + room > self._facts.context_length:
-            raise RequestRefused(
-                f"expected prompt and reply within {self._facts.context_length} tokens, got {len(prompt.ids)} + {room}"
-            )
+            raise RequestRefused(f"expected prompt and reply within {self._facts.context_length} tokens, got {len(prompt.ids)} + {room}")
         if strange := [token for token in (*prompt.ids, *sampling.stop_ids) if not 0 <= token < self._vocabulary]:
             raise RequestRefused(f"expected ids from 0 to {self._vocabulary - 1}, got {strange[0]!r}")
         if unseen := [token for token in prompt.ids if token in self._banned and token != self.image_token_id]:

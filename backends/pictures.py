@@ -23,9 +23,7 @@ class Placeholders:
     """Visual tokens, i.e. placeholder ids in the prompt."""
 
 
-def locate(
-    prompt: Prompt, rooms: tuple[Placeholders, ...], placeholder_id: int | None, processor_hash: str
-) -> tuple[ImageFacts, ...]:
+def locate(prompt: Prompt, rooms: tuple[Placeholders, ...], placeholder_id: int | None, processor_hash: str) -> tuple[ImageFacts, ...]:
     """One ImageFacts per picture, in order; RequestRefused where ids and pictures do not fit together."""
     spots = [index for index, token in enumerate(prompt.ids) if token == placeholder_id]
     wanted = [room.count for room in rooms]

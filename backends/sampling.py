@@ -43,9 +43,7 @@ def draw(log_probs: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[fl
 def _truncate(scores: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     size = scores.shape[-1]
     top_k = _column([sampling.top_k if sampling.top_k and sampling.temperature else size for sampling in samplings], scores)
-    top_p = _column(
-        [sampling.top_p if sampling.top_p < 1 and sampling.temperature else math.inf for sampling in samplings], scores
-    )
+    top_p = _column([sampling.top_p if sampling.top_p < 1 and sampling.temperature else math.inf for sampling in samplings], scores)
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
     late = torch.arange(size, device=scores.device) >= top_k  # (B, V) by rank
     chances = ordered.masked_fill(late, -math.inf).softmax(-1)

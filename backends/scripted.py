@@ -120,9 +120,7 @@ class ScriptedBackend:
         reply = await self._in_time(self._reply(request))
         seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
         ids, logprobs, stopped = _draw(self._tickets(reply, sampling), sampling, random.Random(seed))
-        return Generation(
-            ids, logprobs, "stop" if stopped else "length", version, images, seconds=time.perf_counter() - started, seed=seed
-        )
+        return Generation(ids, logprobs, "stop" if stopped else "length", version, images, seconds=time.perf_counter() - started, seed=seed)
 
     async def score(self, prompt: Prompt, ids: tuple[int, ...], sampling: Sampling) -> tuple[float, ...]:
         """Asks the script again, so a list, which is used up as it is played, cannot score."""
@@ -169,9 +167,7 @@ class ScriptedBackend:
         if isinstance(self._replies, Mapping):
             ends = {key: request.text.rfind(key) + len(key) for key in self._replies if key in request.text}
             if not ends:
-                raise BackendError(
-                    f"expected one of the scripted keys {sorted(self._replies)!r} in the prompt, got {request.text!r}"
-                )
+                raise BackendError(f"expected one of the scripted keys {sorted(self._replies)!r} in the prompt, got {request.text!r}")
             return self._replies[max(ends, key=lambda key: (ends[key], len(key)))]
         if request.index >= len(self._replies):
             raise BackendError(f"expected at most {len(self._replies)} calls, got one more: the list of replies is used up")

@@ -42,9 +42,7 @@ def then(state: State, action: Action | ParseFault, context: Context) -> Step:
 def build() -> Any:
     """The compiled graph."""
     graph = StateGraph(State, context_schema=Context)
-    graph.add_node(
-        "caption", policy_node("caption", "answerer", hear, then, answerer.KINDS), destinations=("ask", "caption", END)
-    )
+    graph.add_node("caption", policy_node("caption", "answerer", hear, then, answerer.KINDS), destinations=("ask", "caption", END))
     graph.add_node("ask", conclude(), destinations=("ask", END))
     graph.add_edge(START, "caption")
     return graph.compile(name="caption")
@@ -52,6 +50,4 @@ def build() -> Any:
 
 def oracle(problem: Problem) -> Mapping[str, tuple[Action, ...]]:
     """Problems carry true replies to questions, but no true caption."""
-    raise GraphError(
-        "problems come without an oracle caption, so the oracle cannot play the graph 'caption'; play 'monologue' with it"
-    )
+    raise GraphError("problems come without an oracle caption, so the oracle cannot play the graph 'caption'; play 'monologue' with it")

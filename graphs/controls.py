@@ -51,8 +51,6 @@ def other_questions(control: str | None, partner: Problem | None) -> Callable[[i
     if control != "shuffle-answers" or partner is None:
         return same_question
     if not partner.oracle:
-        raise GraphError(
-            f"shuffle-answers asks the partner's own look-ups, but problem {partner.id!r} has no oracle; use wrong-picture"
-        )
+        raise GraphError(f"shuffle-answers asks the partner's own look-ups, but problem {partner.id!r} has no oracle; use wrong-picture")
     turns = partner.oracle
     return lambda look, question: turns[look % len(turns)].question

@@ -44,9 +44,7 @@ def build(looks: int | None = None) -> Any:
 def oracle(problem: Problem) -> Mapping[str, tuple[Action, ...]]:
     """What perfect policies say: the problem's own look-ups with their true replies, then gold."""
     if problem.oracle is None or problem.gold is None:
-        raise GraphError(
-            f"problem {problem.id!r} has no oracle monologue; the oracle can only play problems that come with one"
-        )
+        raise GraphError(f"problem {problem.id!r} has no oracle monologue; the oracle can only play problems that come with one")
     looks = tuple(Look(turn.question) for turn in problem.oracle)
     ends = Conclude(problem.choices[problem.gold], problem.explanation)
     return {"questioner": (*looks, ends), "answerer": tuple(Reply(turn.reply) for turn in problem.oracle)}

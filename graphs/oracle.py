@@ -65,9 +65,7 @@ def _forced(prompt: Ids, line: Ids) -> int:
 
 def oracle(codec: Codec, eyes: Eyes | None = None, policy_id: str = "oracle") -> Callable[[Graph, Problem, str], Policy]:
     """A seat in which the graph's oracle plays, in the language of ``codec``; ``eyes`` are needed where pictures are shown."""
-    facts = Facts(
-        "oracle", "oracle", "1", "oracle", codec.tokenizer_hash, codec.template_hash, eyes is not None, 1 << 20, logprobs=False
-    )
+    facts = Facts("oracle", "oracle", "1", "oracle", codec.tokenizer_hash, codec.template_hash, eyes is not None, 1 << 20, logprobs=False)
 
     def seat(graph: Graph, problem: Problem, role: str) -> Policy:
         if graph.oracle is None:

@@ -194,22 +194,16 @@ async def aplay(
     return summary
 
 
-def _check(
-    graph: Graph, seats: Mapping[str, Seat], control: str | None, samples: int, concurrency: int, max_turns: int
-) -> None:
+def _check(graph: Graph, seats: Mapping[str, Seat], control: str | None, samples: int, concurrency: int, max_turns: int) -> None:
     missing, extra = set(graph.roles) - set(seats), set(seats) - set(graph.roles)
     if missing:
         raise GraphError(f"graph {graph.name!r} needs a policy for {', '.join(sorted(missing))}; got {sorted(seats)}")
     if extra:
-        raise GraphError(
-            f"graph {graph.name!r} has no seat for {', '.join(sorted(extra))}; its seats are {', '.join(graph.roles)}"
-        )
+        raise GraphError(f"graph {graph.name!r} has no seat for {', '.join(sorted(extra))}; its seats are {', '.join(graph.roles)}")
     if control is not None and control not in CONTROLS:
         raise GraphError(f"unknown control {control!r}; choose from {', '.join(CONTROLS)}")
     if control is not None and control not in graph.controls:
-        raise GraphError(
-            f"control {control!r} has no meaning in graph {graph.name!r}, which allows {', '.join(graph.controls) or 'none'}"
-        )
+        raise GraphError(f"control {control!r} has no meaning in graph {graph.name!r}, which allows {', '.join(graph.controls) or 'none'}")
     for name, value in (("samples", samples), ("concurrency", concurrency), ("max_turns", max_turns)):
         if value < 1:
             raise GraphError(f"{name} must be at least 1, got {value!r}")

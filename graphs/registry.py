@@ -79,9 +79,7 @@ def find(name: str) -> Graph:
     return found
 
 
-register(
-    Graph("monologue", ("questioner", "answerer"), monologue.build, monologue.oracle, ("shuffle-answers", "wrong-picture"))
-)
+register(Graph("monologue", ("questioner", "answerer"), monologue.build, monologue.oracle, ("shuffle-answers", "wrong-picture")))
 register(Graph("direct", ("answerer",), direct.build, direct.oracle, ("wrong-picture",)))
 register(Graph("caption", ("questioner", "answerer"), caption.build, caption.oracle, ("wrong-picture",)))
 register(Graph("blind", ("questioner",), blind.build, blind.oracle))

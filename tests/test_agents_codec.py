@@ -42,9 +42,7 @@ def test_a_tiny_action_survives_its_ids(tiny: TinyCodec, action: Look | Conclude
     assert tiny.parse(tiny.action_ids(action)) == action
 
 
-@pytest.mark.parametrize(
-    "action", [*ACTIONS, Look("here?", (0.0, 0.5, 1.0, 1.0)), ToolUse("calculator", {"expression": "1+1"})]
-)
+@pytest.mark.parametrize("action", [*ACTIONS, Look("here?", (0.0, 0.5, 1.0, 1.0)), ToolUse("calculator", {"expression": "1+1"})])
 def test_a_chat_action_survives_its_ids(chat: ChatCodec, action: Look | Conclude | Reply | ToolUse) -> None:
     assert chat.parse(chat.action_ids(action)) == action
 

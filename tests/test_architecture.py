@@ -1,8 +1,8 @@
 """The house keeps its plan: which room may import which, and that a wheel holds every room under one name."""
 
 import ast
+import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,15 @@ MAY_IMPORT: dict[str, set[str]] = {
 LIGHT_FORBIDS = ("torch", "transformers", "langgraph")
 
 
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    inner = parts[:-1] if parts[-1] == "__init__" else parts
+    return ".".join(inner if inner[0] == "monologue" else ("monologue", *inner))
+
+
+MODULES = {module_name(path): path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py")}
+
+
 def imported(path: Path) -> set[str]:
     """Every module that a file imports, at whatever depth."""
     found: set[str] = set()
@@ -28,9 +37,8 @@ def imported(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} must use absolute imports"
-            found.add(node.module or "")
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return {name if name in MODULES else name.rpartition(".")[0] if name.rpartition(".")[0] in MODULES else name for name in found}
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
@@ -45,8 +53,7 @@ def test_a_room_imports_only_the_rooms_it_may(room: str) -> None:
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:
-    modules = {module_name(path): path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py")}
-    edges = {name: {other for other in imported(path) if other in modules} - {name} for name, path in modules.items()}
+    edges = {name: {other for other in imported(path) if other in MODULES} - {name} for name, path in MODULES.items()}
     remaining = dict(edges)
     while leaves := [name for name, needs in remaining.items() if not needs & set(remaining)]:
         for name in leaves:
@@ -54,13 +61,8 @@ def test_no_module_imports_itself_in_a_circle() -> None:
     assert not remaining, f"import circle among {sorted(remaining)}"
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    inner = parts[:-1] if parts[-1] == "__init__" else parts
-    return ".".join(inner if inner[0] == "monologue" else ("monologue", *inner))
-
-
 def test_every_room_is_in_the_wheel_and_typed() -> None:
+    tomllib = pytest.importorskip("tomllib")
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     rooms = {module_name(path) for room in MAY_IMPORT for path in (ROOT / room).rglob("__init__.py")}
     assert rooms == set(settings["packages"]) == set(settings["package-dir"])
@@ -75,8 +77,6 @@ def test_source_reads_as_python_3_10() -> None:
 
 
 def test_the_front_door_is_light() -> None:
-    import subprocess
-
     code = "import sys, monologue, monologue.traces, monologue.tasks.shapes; print([m for m in %r if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code % (LIGHT_FORBIDS,)], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"

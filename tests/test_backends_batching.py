@@ -47,9 +47,7 @@ async def test_concurrent_requests_share_a_batch_and_keep_their_order() -> None:
 async def test_batches_respect_rows_padded_tokens_and_types() -> None:
     run = Recorder()
     engine = batcher(run, window=0.05, max_batch=3, max_tokens=10)
-    await asyncio.gather(
-        *[engine.submit(job, size) for job, size in [(1, 1), (2, 1), (3, 1), (4, 1), (5, 6), (6, 99), ("x", 1), (7, 1)]]
-    )
+    await asyncio.gather(*[engine.submit(job, size) for job, size in [(1, 1), (2, 1), (3, 1), (4, 1), (5, 6), (6, 99), ("x", 1), (7, 1)]])
     assert run.batches == [[1, 2, 3], [4], [5], [6], ["x"], [7]]
     await engine.aclose()
 

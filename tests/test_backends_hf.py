@@ -131,9 +131,7 @@ async def together(engine: HFBackend, prompts: list[Prompt], sampling: Sampling)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "sampling", [GREEDY, SAMPLED, replace(SAMPLED, top_p=0.7, top_k=9)], ids=["greedy", "sampled", "truncated"]
-)
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, replace(SAMPLED, top_p=0.7, top_k=9)], ids=["greedy", "sampled", "truncated"])
 async def test_a_batch_says_token_for_token_what_each_prompt_says_alone(
     engines: dict[str, HFBackend], family: str, sampling: Sampling
 ) -> None:
@@ -157,16 +155,12 @@ async def test_logprobs_are_those_of_a_plain_forward(engines: dict[str, HFBacken
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "sampling", [GREEDY, SAMPLED, replace(SAMPLED, top_p=0.7, top_k=9)], ids=["greedy", "sampled", "truncated"]
-)
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, replace(SAMPLED, top_p=0.7, top_k=9)], ids=["greedy", "sampled", "truncated"])
 async def test_score_gives_the_logprobs_of_generate(engines: dict[str, HFBackend], family: str, sampling: Sampling) -> None:
     engine = engines[family]
     prompts = ragged(engine)
     replies = await together(engine, prompts, sampling)
-    scores = await asyncio.gather(
-        *[engine.score(prompt, reply.ids, sampling) for prompt, reply in zip(prompts, replies, strict=True)]
-    )
+    scores = await asyncio.gather(*[engine.score(prompt, reply.ids, sampling) for prompt, reply in zip(prompts, replies, strict=True)])
     for reply, score in zip(replies, scores, strict=True):
         assert score == pytest.approx(reply.logprobs, abs=1e-4)
 
@@ -253,9 +247,7 @@ async def test_a_short_reply_is_there_before_the_long_one_of_its_batch(own: HFBa
 )
 async def test_what_can_never_succeed_is_refused_alone(engines: dict[str, HFBackend], prompt: Prompt, reason: str) -> None:
     engine = engines["qwen2"]
-    good, bad = await asyncio.gather(
-        engine.generate(Prompt(words(4, 4)), GREEDY), engine.generate(prompt, GREEDY), return_exceptions=True
-    )
+    good, bad = await asyncio.gather(engine.generate(Prompt(words(4, 4)), GREEDY), engine.generate(prompt, GREEDY), return_exceptions=True)
     assert isinstance(good, Generation)
     assert isinstance(bad, RequestRefused) and reason in str(bad)
 
@@ -305,9 +297,7 @@ async def test_closing_turns_away_what_runs_and_what_comes(own: HFBackend) -> No
         await own.generate(Prompt(words(3, 3)), GREEDY)
 
 
-async def test_load_takes_other_weights_and_later_replies_carry_their_version(
-    own: HFBackend, checkpoints: dict[str, Path]
-) -> None:
+async def test_load_takes_other_weights_and_later_replies_carry_their_version(own: HFBackend, checkpoints: dict[str, Path]) -> None:
     prompt, other = Prompt(words(4, 4)), HFBackend(checkpoints["other"])
     before = await own.generate(prompt, GREEDY)
     wanted = await other.generate(prompt, GREEDY)

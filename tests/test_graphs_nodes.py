@@ -45,16 +45,10 @@ def test_every_ready_graph_can_be_drawn() -> None:
 async def test_a_graph_streams_its_updates_node_by_node(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path / "run", {})
     said = iter(["<look>where?", "<conclude>red"])
-    with Recorder(writer).episode(
-        problem_id="p", task="t", graph="monologue", group_id="p", question="what?", choices=("red",)
-    ) as ep:
+    with Recorder(writer).episode(problem_id="p", task="t", graph="monologue", group_id="p", question="what?", choices=("red",)) as ep:
         seats = {"questioner": scripted(lambda request: next(said)), "answerer": scripted(["b2"])}
         context = Context(seats, ep)
-        stream = (
-            find("monologue")
-            .compiled()
-            .astream({"question": "what?", "choices": ["red"]}, context=context, stream_mode="updates")
-        )
+        stream = find("monologue").compiled().astream({"question": "what?", "choices": ["red"]}, context=context, stream_mode="updates")
         updates = [update async for update in stream]
         ep.finish(answer="red")
     assert [next(iter(update)) for update in updates] == ["ask", "answer", "ask"]

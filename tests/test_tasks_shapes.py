@@ -115,7 +115,7 @@ def test_wishes_are_granted() -> None:
 
 
 def test_unknown_splits_and_families_are_refused_by_name() -> None:
-    with pytest.raises(TaskError, match="'dev'.*train"):
+    with pytest.raises(TaskError, match=r"'dev'.*train"):
         Shapes().problems("dev", 1)
     with pytest.raises(TaskError, match="'nine'"):
         Shapes(["nine"])

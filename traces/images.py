@@ -45,7 +45,9 @@ def open_picture(path: str | Path) -> Image.Image:
         raise PictureError(f"expected a picture file, but {str(path)!r} is a folder or device; name one picture")
     size = path.stat().st_size
     if size > LARGEST_FILE:
-        raise PictureError(f"expected a picture of at most {LARGEST_FILE >> 20} MB, but {str(path)!r} has {size / 2**20:.0f} MB; scale it down")
+        raise PictureError(
+            f"expected a picture of at most {LARGEST_FILE >> 20} MB, but {str(path)!r} has {size / 2**20:.0f} MB; scale it down"
+        )
     return decode(path.read_bytes(), repr(str(path)))
 
 
@@ -57,7 +59,9 @@ def decode(data: bytes, name: str) -> Image.Image:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MOST_PIXELS:
                     limit = MOST_PIXELS // 1_000_000
-                    raise PictureError(f"expected at most {limit} million pixels, but {name} has {image.width} x {image.height}; scale it down")
+                    raise PictureError(
+                        f"expected at most {limit} million pixels, but {name} has {image.width} x {image.height}; scale it down"
+                    )
                 image.load()
                 return image.convert("RGB")
     except Image.DecompressionBombError as error:

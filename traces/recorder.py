@@ -51,7 +51,9 @@ class LineProcessor(SpanProcessor):
         if kind == "episode":
             return
         assert span.context and span.parent
-        events = tuple(SpanEvent.model_construct(name=e.name, time_ns=e.timestamp, attributes=dict(e.attributes or {})) for e in span.events)
+        events = tuple(
+            SpanEvent.model_construct(name=e.name, time_ns=e.timestamp, attributes=dict(e.attributes or {})) for e in span.events
+        )
         self.run.write(
             SpanRecord.model_construct(
                 record="span",
@@ -138,7 +140,12 @@ class EpisodeRecorder:
         self.start = start
         self.id = start.episode_id
         self._recorder, self._root = recorder, root
-        self._base = {names.EPISODE: self.id, names.CONVERSATION: self.id, names.GROUP: start.group_id, names.SAMPLE: start.sample_index}
+        self._base = {
+            names.EPISODE: self.id,
+            names.CONVERSATION: self.id,
+            names.GROUP: start.group_id,
+            names.SAMPLE: start.sample_index,
+        }
         self._seq = self._written = self._calls = self._tools = 0
         self._streams: dict[str, tuple[tuple[int, ...], int, str]] = {}
         self._turns: dict[str, int] = {}

@@ -5,8 +5,8 @@
     episode_end     how it ended, and how many spans there must be
     annotation      what was said about it later: rewards, advantages, remarks; the spans themselves never change
 
-Of a call's prompt only the ids after ``prefix_length`` are stored: what the same stream's call before it had (prompt and sampled ids) stands
-there already. So an episode of T turns takes O(T) space, and readers rebuild full prompts (``calls_of``). ``None`` means that something did
+Of a call's prompt only the ids after ``prefix_length`` are stored: what the same stream's call before it had (prompt and sampled ids)
+stands there already. So an episode of T turns takes O(T) space, and readers rebuild full prompts (``calls_of``). ``None`` means that something did
 not happen; 0.0 means that it happened and was zero. Unknown fields are errors: a typo must not vanish.
 """
 
@@ -317,9 +317,17 @@ def _call(span: SpanRecord, streams: Mapping[str, tuple[int, ...]]) -> PolicyCal
     stream, prefix = a[names.STREAM], a.get(names.PREFIX_LENGTH)
     before = streams.get(stream, ())
     if prefix is not None and prefix > len(before):
-        raise ValueError(f"span {span.span_id}: its prompt begins with {prefix} ids of the call before it, of which only {len(before)} are here")
+        raise ValueError(
+            f"span {span.span_id}: its prompt begins with {prefix} ids of the call before it, of which only {len(before)} are here"
+        )
     logprobs = a.get(names.SAMPLED_LOGPROBS)
-    keys = {"temperature": names.TEMPERATURE, "top_p": names.TOP_P, "top_k": names.TOP_K, "seed": names.SEED, "max_tokens": names.MAX_TOKENS}
+    keys = {
+        "temperature": names.TEMPERATURE,
+        "top_p": names.TOP_P,
+        "top_k": names.TOP_K,
+        "seed": names.SEED,
+        "max_tokens": names.MAX_TOKENS,
+    }
     return PolicyCall(
         span_id=span.span_id,
         episode_id=span.episode_id,

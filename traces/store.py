@@ -5,8 +5,8 @@
     RUN/annotations/WRITER.jsonl what was said about them later
     RUN/images/SHA256.png        each picture once
 
-Every record is one line and one ``write``; a line that could not be written whole is cut off again, so a full disk leaves no broken line. What
-a killed process leaves is at worst one torn last line, which readers skip and count. Anything else that does not read is an error that
+Every record is one line and one ``write``; a line that could not be written whole is cut off again, so a full disk leaves no broken line.
+What a killed process leaves is at worst one torn last line, which readers skip and count. Anything else that does not read is an error that
 names file and line. No database: lines survive SIGKILL at 45 microseconds a span, a synchronous database commit takes milliseconds.
 """
 
@@ -18,7 +18,7 @@ import platform
 import secrets
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,10 +26,24 @@ from typing import Any, TypeAlias
 from pydantic import TypeAdapter, ValidationError
 
 from monologue.traces.images import PictureError, decode, keep
-from monologue.traces.schema import SCHEMA_VERSION, Annotation, EpisodeEnd, EpisodeStart, PolicyCall, Record, SpanRecord, calls_of
+from monologue.traces.schema import (
+    SCHEMA_VERSION,
+    Annotation,
+    EpisodeEnd,
+    EpisodeStart,
+    PolicyCall,
+    Record,
+    SpanRecord,
+    calls_of,
+)
 
 Line: TypeAlias = "EpisodeStart | SpanRecord | EpisodeEnd | Annotation"
-_KINDS: Mapping[str, type[Record]] = {"episode_start": EpisodeStart, "span": SpanRecord, "episode_end": EpisodeEnd, "annotation": Annotation}
+_KINDS: Mapping[str, type[Record]] = {
+    "episode_start": EpisodeStart,
+    "span": SpanRecord,
+    "episode_end": EpisodeEnd,
+    "annotation": Annotation,
+}
 _ADAPTERS = {name: TypeAdapter(kind) for name, kind in _KINDS.items()}
 
 
@@ -65,7 +79,9 @@ class Appender:
 
 
 def _unwritable(path: Path, error: OSError) -> RunError:
-    return RunError(f"cannot write to the run, {str(path)!r}: {error.strerror}; free space or name another folder; what was written is kept")
+    return RunError(
+        f"cannot write to the run, {str(path)!r}: {error.strerror}; free space or name another folder; what was written is kept"
+    )
 
 
 class RunWriter:
@@ -85,6 +101,8 @@ class RunWriter:
         self._spans = Appender(self.path / "spans" / f"{writer}.jsonl")
         self._notes: Appender | None = None
         self._writer = writer
+        self.listener: Callable[[Record], None] | None = None
+        """Told of each record once it is on disk."""
 
     def _join(self, config: dict[str, Any], resume: bool) -> dict[str, Any]:
         info = self.path / "run.json"
@@ -112,12 +130,16 @@ class RunWriter:
     def write(self, record: EpisodeStart | SpanRecord | EpisodeEnd) -> None:
         """Appends one record. Raises RunError."""
         self._spans.append(record.model_dump_json().encode() + b"\n")
+        if self.listener:
+            self.listener(record)
 
     def annotate(self, record: Annotation) -> None:
         """Appends one annotation. Raises RunError."""
         if self._notes is None:
             self._notes = Appender(self.path / "annotations" / f"{self._writer}.jsonl")
         self._notes.append(record.model_dump_json().encode() + b"\n")
+        if self.listener:
+            self.listener(record)
 
     def keep(self, png: bytes) -> str:
         """Keeps a picture and returns its hash. Raises RunError."""

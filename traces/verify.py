@@ -54,7 +54,13 @@ def verify(run: str | Path) -> list[Check]:
             inspection.look(episode)
     except RunError as error:
         return [Check("records", False, 1, None, str(error)), *inspection.checks()]
-    torn = Check("records", reader.torn == 0, reader.torn or inspection.seen["records"], None, f"{reader.torn} torn last lines" if reader.torn else None)
+    torn = Check(
+        "records",
+        reader.torn == 0,
+        reader.torn or inspection.seen["records"],
+        None,
+        f"{reader.torn} torn last lines" if reader.torn else None,
+    )
     return [torn, *inspection.checks()]
 
 
@@ -147,7 +153,10 @@ def _counted(episode: Episode) -> Iterator[Breach]:
     if episode.end is not None:
         calls = sum(span.kind == "policy" for span in episode.spans)
         if (calls, len(episode.spans)) != (episode.end.calls, episode.end.spans):
-            yield key, f"{episode.end.calls} policy calls and {episode.end.spans} spans were written, {calls} and {len(episode.spans)} are here"
+            yield (
+                key,
+                f"{episode.end.calls} policy calls and {episode.end.spans} spans were written, {calls} and {len(episode.spans)} are here",
+            )
 
 
 def _parented(episode: Episode) -> Iterator[Breach]:
@@ -166,7 +175,10 @@ def _prefixed(calls: list[PolicyCall]) -> Iterator[Breach]:
         if before is None and call.prefix_length is not None:
             yield call.span_id, "a stream's first call shares a prefix with a call that is not here"
         if before is not None and call.prefix_length != before and call.prefix_break is None:
-            yield call.span_id, f"the prompt shares {call.prefix_length} ids with its stream, which had {before}, and no cause is given"
+            yield (
+                call.span_id,
+                f"the prompt shares {call.prefix_length} ids with its stream, which had {before}, and no cause is given",
+            )
         streams[call.stream] = len(call.prompt_ids) + len(call.sampled_ids)
 
 
@@ -194,4 +206,3 @@ def _placed(calls: list[PolicyCall]) -> Iterator[Breach]:
                 yield call.span_id, f"{count} placeholders do not divide a grid of {patches} patches"
             elif run[0] in call.prompt_ids[start + count : start + count + 1]:
                 yield call.span_id, f"more placeholders than the {count} of picture {image.sha256[:12]}"
-

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from monologue.tasks.base import TaskError
 from monologue.tasks.shapes import language
 from monologue.tasks.shapes.programs import Instruction, Outcome, Program, flat, run
-from monologue.tasks.shapes.scene import ATTRIBUTES, CELLS, COLOURS, SHAPES, STEPS, Thing, Wish, draw_scene, neighbour
+from monologue.tasks.shapes.scene import ATTRIBUTES, CELLS, COLOURS, STEPS, Thing, Wish, draw_scene, neighbour
 
 Pairs = tuple[tuple[str, str], ...]
 Wishes = dict[str, Wish]

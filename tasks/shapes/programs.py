@@ -27,6 +27,8 @@ from monologue.tasks.shapes.scene import Scene, Wish, cells_of, neighbour
 Instruction = tuple[str, ...]
 Program = tuple[Instruction, ...]
 LOOKUPS = frozenset({"where", "at", "count", "count-of", "exists", "value"})
+WEIGHINGS = {"add": "plus", "compare": "and", "same": "and"}
+"""Thoughts over two values, and the word between them when they are said."""
 
 
 class Invalid(Exception):
@@ -38,7 +40,11 @@ class Outcome:
     """What a program found, and the look-ups on the way."""
 
     value: str
+    """The answer."""
     turns: tuple[OracleTurn, ...]
+    """The look-ups with their true replies."""
+    explanation: str = ""
+    """What the last thought weighed, e.g. ``red and blue``; empty where the answer was simply seen."""
 
 
 def wish(*pairs: str) -> Wish:
@@ -59,16 +65,19 @@ def run(program: Program, scene: Scene) -> Outcome | None:
     """Executes the program; None where it does not fit the scene."""
     stack: list[str] = []
     turns: list[OracleTurn] = []
+    explanation = ""
     try:
         for name, *args in program:
             if name in LOOKUPS:
                 turns.append(_look(name, args, stack, scene))
                 stack.append(turns[-1].reply)
             else:
+                if name in WEIGHINGS:
+                    explanation = f"{stack[-2]} {WEIGHINGS[name]} {stack[-1]}"
                 stack.append(_think(name, args, stack))
     except Invalid:
         return None
-    return Outcome(stack.pop(), tuple(turns))
+    return Outcome(stack.pop(), tuple(turns), explanation)
 
 
 def _only(scene: Scene, wanted: Wish) -> str:

@@ -62,6 +62,7 @@ class Shapes:
             hops=hops(draft.program),
             program=draft.program,
             oracle=outcome.turns,
+            explanation=outcome.explanation,
             extra={"scene": as_plain(scene)},
         )
 

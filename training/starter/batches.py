@@ -191,7 +191,13 @@ def _strip(text: str, *pieces: str) -> str:
 Drill = Callable[[random.Random, Scene], list[Part]]
 CAPTIONS: tuple[Drill, ...] = (caption_drill,)
 LOCATIONS: tuple[Drill, ...] = (caption_drill, locate_drill, locate_drill)
-ALL_DRILLS: tuple[Drill, ...] = (caption_drill, *(locate_drill,) * 2, *(count_drill,) * 3, *(exists_drill,) * 2, *(value_drill,) * 2)
+ALL_DRILLS: tuple[Drill, ...] = (
+    caption_drill,
+    *(locate_drill,) * 2,
+    *(count_drill,) * 3,
+    *(exists_drill,) * 2,
+    *(value_drill,) * 2,
+)
 
 
 def drills(seed: str, words: Words, size: int, kinds: Sequence[Drill]) -> Iterator[Batch]:

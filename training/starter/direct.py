@@ -20,12 +20,12 @@ from torch import nn
 from monologue.tasks.base import Problem
 from monologue.tasks.shapes import Shapes
 from monologue.tasks.shapes.draw import paint
+from monologue.tasks.shapes.perception import KINDS
 from monologue.training.starter.batches import TRAIN, Batch, Part, Words, interview, patches, picture_words
 from monologue.training.starter.fit import Curve, Stage, fit
 from monologue.training.starter.models import build_answerer
 from monologue.training.starter.questioner import options
 from monologue.training.starter.sight import Sight
-from monologue.tasks.shapes.perception import KINDS
 
 
 def grow(shape: Any, start: Path, layers: int, seed: int, tokenizer: Any) -> Any:

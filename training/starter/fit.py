@@ -83,7 +83,13 @@ def fit(
     peaks = [[group["lr"] for group in opt.param_groups] for opt in opts]
     tensors = [p for _, p in parameters]
     started, average = time.monotonic(), math.nan
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         row = bar.add_task(stage.name, total=stage.steps, loss="")
         for step in range(stage.steps):

@@ -15,6 +15,7 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,35 @@ from monologue.training.starter.models import build_answerer, build_image_proces
 from monologue.training.starter.sight import Sight
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be read or followed."""
+
+
 POLICIES = ("answerer", "questioner", "direct")
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """A recipe of ours by name, or a TOML file. Raises FileNotFoundError with the names that exist."""
+    """A recipe of ours by name, or a TOML file. Raises RecipeError."""
     path = RECIPES / f"{name}.toml" if (RECIPES / f"{name}.toml").is_file() else Path(name)
     if not path.is_file():
-        raise FileNotFoundError(f"no recipe {name!r}; give a TOML file or one of {', '.join(sorted(p.stem for p in RECIPES.glob('*.toml')))}")
-    return tomllib.loads(path.read_text())
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+        raise RecipeError(f"no recipe {name!r}; give a TOML file or one of {known}")
+    try:
+        return tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{name!r} is no TOML recipe: {error}") from error
+
+
+def override(recipe: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` settings over top-level keys; values are TOML. Raises RecipeError for keys that the recipe does not have."""
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key not in recipe or not value:
+            raise RecipeError(f"expected KEY=VALUE with a key of {sorted(recipe)}, got {setting!r}")
+        recipe = {**recipe, **tomllib.loads(f"{key} = {value}")}
+    return recipe
 
 
 def stages_of(recipe: dict[str, Any]) -> list[Stage]:
@@ -62,7 +83,14 @@ def make(recipe: dict[str, Any], out: Path, start: Path | None = None) -> dict[s
         for stage in stages:
             stream = questioner.practice(words, stage.batch, seed)
             run = model
-            fit(stage, list(model.named_parameters()), stream, lambda b, m=run: questioner.imitate(m, b), curve, lambda m=run: questioner.examine(m, words))
+            fit(
+                stage,
+                list(model.named_parameters()),
+                stream,
+                lambda b, m=run: questioner.imitate(m, b),
+                curve,
+                lambda m=run: questioner.examine(m, words),
+            )
         round_weights(model)
         scores = questioner.examine(model, words, 2000)
     elif recipe["policy"] == "answerer":
@@ -76,7 +104,9 @@ def make(recipe: dict[str, Any], out: Path, start: Path | None = None) -> dict[s
         scores = answerer.examine(sight, 1000, "validation-final")
     elif recipe["policy"] == "direct":
         if start is None or not (start / "config.json").is_file():
-            raise FileNotFoundError(f"'direct' starts from a perception checkpoint; {start} holds none: train the answerer first and pass --start")
+            raise RecipeError(
+                f"'direct' starts from a perception checkpoint; {start} holds none: train the answerer first and pass --start"
+            )
         model = direct.grow(build_answerer(seed, tokenizer), start, int(recipe["layers"]), seed, tokenizer)
         sight = Sight(model, words)
         for stage in stages:
@@ -84,7 +114,7 @@ def make(recipe: dict[str, Any], out: Path, start: Path | None = None) -> dict[s
         round_weights(model)
         scores = direct.examine(sight, 2000)
     else:
-        raise ValueError(f"unknown policy {recipe['policy']!r}; expected one of {', '.join(POLICIES)}")
+        raise RecipeError(f"unknown policy {recipe['policy']!r}; expected one of {', '.join(POLICIES)}")
     save(model, tokenizer, out, vision=recipe["policy"] != "questioner")
     return write_card(out, recipe, model, scores, time.process_time() - began)
 

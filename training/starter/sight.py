@@ -48,9 +48,7 @@ class Sight(nn.Module):
         """(B, T) ids and (B, 9, D) visual tokens to (B, T, D)."""
         x = self.embedding(ids)
         x = torch.cat([x[:, :HEAD], visual, x[:, BODY:]], dim=1)
-        out = self.model.model.language_model(
-            inputs_embeds=x, position_ids=positions(*ids.shape), attention_mask=None, use_cache=False
-        )
+        out = self.model.model.language_model(inputs_embeds=x, position_ids=positions(*ids.shape), attention_mask=None, use_cache=False)
         return out.last_hidden_state
 
     def spoken(self, batch: Batch, visual: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,5 @@
+import sys
+
+from monologue.cli import main
+
+sys.exit(main())

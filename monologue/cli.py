@@ -1,0 +1,130 @@
+"""The command line: ``monologue play | eval | verify | view | train | tasks``.
+
+Exit codes: 0 all went well; 1 some episodes failed, or a check did not hold; 2 bad use (one sentence says what was expected);
+130 stopped by Ctrl-C, with every finished episode kept. Errors that are nobody's fault but ours show their traceback.
+Heavy libraries load inside the command that needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from monologue import __version__, commands
+
+STAGES = ("starter",)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = argparse.ArgumentParser(prog="monologue", description="Reasoning graphs that can be trained.")
+    top.add_argument("--version", action="version", version=f"monologue {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+    _play(verbs.add_parser("play", help="play problems and record every step"))
+    _eval(verbs.add_parser("eval", help="accuracy of graphs on held-out problems, with standard errors and controls"))
+    _verify(verbs.add_parser("verify", help="check that a run is complete and consistent"))
+    _view(verbs.add_parser("view", help="look at a run in the terminal"))
+    _train(verbs.add_parser("train", help="train a policy from a recipe"))
+    _tasks(verbs.add_parser("tasks", help="list tasks, or show some problems of one"))
+    return top
+
+
+def _seats(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--questioner",
+        default="starter",
+        metavar="MODEL",
+        help="'starter', 'oracle', or a folder or name of a Hugging Face LLM",
+    )
+    command.add_argument(
+        "--answerer", default="starter", metavar="MODEL", help="'starter', 'oracle', or a folder or name of a Hugging Face VLM"
+    )
+    command.add_argument("--backend", default="transformers", choices=commands.BACKENDS, help="engine that runs the policies")
+    command.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    command.add_argument("--top-p", type=float, default=1.0)
+    command.add_argument("--max-tokens", type=int, default=64, help="sampled tokens per turn at most")
+    command.add_argument("--max-turns", type=int, default=8, help="actions of the concluding seat at most")
+    command.add_argument("--concurrency", type=int, default=64, help="episodes at once")
+    command.add_argument("--seed", type=int, default=0)
+
+
+def _play(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--task", default="shapes", choices=sorted(commands.TASKS))
+    command.add_argument("--split", default="test")
+    command.add_argument("--graph", default="monologue", metavar="GRAPH", help="e.g. monologue, monologue:looks=2, direct, caption, blind")
+    command.add_argument("--n", type=int, default=20, help="problems")
+    command.add_argument("--samples", type=int, default=1, help="episodes per problem")
+    command.add_argument("--out", type=Path, metavar="RUN", help="run folder (default: a new one under runs/)")
+    command.add_argument("--control", choices=commands.CONTROLS)
+    command.add_argument("--live", action="store_true", help="show every turn as it comes, one episode after another")
+    command.add_argument("--no-resume", action="store_true", help="refuse a run folder that exists")
+    command.add_argument("--image", type=Path, metavar="FILE", help="your own picture")
+    command.add_argument("--question", metavar="TEXT", help="your own question about --image")
+    command.add_argument("--choices", nargs="+", metavar="ANSWER", help="answers to choose from")
+    _seats(command)
+    command.set_defaults(run=commands.play)
+
+
+def _eval(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--task", default="shapes", choices=sorted(commands.TASKS))
+    command.add_argument("--split", default="test")
+    command.add_argument("--graph", default="blind,direct,monologue", metavar="GRAPHS", help="names separated by commas")
+    command.add_argument("--n", type=int, default=1000)
+    command.add_argument("--families", metavar="NAMES", help="question families separated by commas (default: all)")
+    command.add_argument("--json", type=Path, metavar="FILE")
+    command.add_argument("--out", type=Path, metavar="DIR", help="keep the runs here (default: thrown away)")
+    command.add_argument("--control", choices=commands.CONTROLS)
+    _seats(command)
+    command.set_defaults(run=commands.evaluate)
+
+
+def _verify(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", type=Path, metavar="RUN")
+    command.add_argument("--json", type=Path, metavar="FILE")
+    command.set_defaults(run=commands.verify)
+
+
+def _view(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", type=Path, metavar="RUN")
+    command.add_argument("--episode", metavar="ID", help="episode id or the beginning of one (default: list the episodes)")
+    command.set_defaults(run=commands.view)
+
+
+def _train(command: argparse.ArgumentParser) -> None:
+    command.add_argument("stage", choices=STAGES, metavar="STAGE", help="starter: the shipped policies, from nothing")
+    command.add_argument("recipe", metavar="RECIPE", help="answerer, questioner, direct, or a TOML file")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a top-level key of the recipe")
+    command.add_argument("--out", type=Path, metavar="DIR", help="default: runs/RECIPE")
+    command.add_argument("--start", type=Path, metavar="DIR", help="perception checkpoint that 'direct' starts from")
+    command.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    command.set_defaults(run=commands.train)
+
+
+def _tasks(command: argparse.ArgumentParser) -> None:
+    command.add_argument("name", nargs="?", choices=sorted(commands.TASKS))
+    command.add_argument("--split", default="test")
+    command.add_argument("--n", type=int, default=3)
+    command.set_defaults(run=commands.tasks)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except commands.user_errors() as error:
+        print(f"monologue: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("monologue: stopped; every finished episode is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

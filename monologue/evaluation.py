@@ -1,0 +1,87 @@
+"""Several graphs on the same held-out problems: one row each, with standard error, chance, families, cost.
+
+An episode that fails counts as wrong: leaving it out would reward a policy that breaks on what it cannot do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from monologue.graphs.play import play
+from monologue.graphs.summary import Played
+from monologue.seating import config_of, seats
+from monologue.tables import table
+from monologue.tasks.base import Problem, Score, Task, by_family, summarize
+
+
+def evaluate_graphs(options: argparse.Namespace, task: Task, out: Path) -> list[dict[str, Any]]:
+    """Plays every graph of ``options.graph``; prints the table and returns its rows."""
+    problems = list(task.problems(options.split, options.n, 0))
+    rows = [_evaluate(name.strip(), options, task, problems, out) for name in options.graph.split(",")]
+    heads = ["graph", "n", "accuracy", "± stderr", "chance", "turns", "tokens", "seconds", "failed"]
+    table(heads, [_cells(row) for row in rows])
+    families = sorted({name for row in rows for name in row["by_family"]})
+    table(["family", "chance", *(row["graph"] for row in rows)], [_family_row(name, rows) for name in families])
+    return rows
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    rates = [f"{row[name]:.3f}" for name in ("accuracy", "stderr", "chance")]
+    return [row["graph"], str(row["n"]), *rates, f"{row['turns']:.2f}", f"{row['tokens']:.1f}", f"{row['seconds']:.1f}", str(row["failed"])]
+
+
+def _family_row(name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    cells = [f"{row['by_family'][name]['accuracy']:.3f} ± {row['by_family'][name]['stderr']:.3f}" for row in rows]
+    return [name, f"{rows[0]['by_family'][name]['chance']:.3f}", *cells]
+
+
+def _evaluate(graph: str, options: argparse.Namespace, task: Task, problems: list[Problem], out: Path) -> dict[str, Any]:
+    label = graph.replace(":", "-") + (f"-{options.control}" if options.control else "")
+    with seats(graph, options) as taken:
+        started = time.perf_counter()
+        summary = play(
+            graph,
+            problems,
+            taken,
+            out / label,
+            concurrency=options.concurrency,
+            seed=options.seed,
+            max_turns=options.max_turns,
+            control=options.control,
+            score=task.score,
+            config=config_of(options),
+        )
+        seconds = time.perf_counter() - started
+    for episode in summary.failed[:3]:
+        print(f"monologue: {graph}: {episode.problem_id} failed: {episode.error}", file=sys.stderr)
+    return _row(graph, options, problems, summary.episodes, seconds)
+
+
+def _row(graph: str, options: argparse.Namespace, problems: list[Problem], episodes: list[Played], seconds: float) -> dict[str, Any]:
+    scores = {episode.problem_id: episode.score or 0.0 for episode in episodes}
+    points = [scores[problem.id] for problem in problems]
+    whole = summarize(points, [1 / len(problem.choices) for problem in problems])
+    n = len(episodes)
+    return {
+        "graph": graph,
+        "task": options.task,
+        "split": options.split,
+        "control": options.control,
+        **_plain(whole),
+        "by_family": {name: _plain(score) for name, score in by_family(problems, points).items()},
+        "turns": math.fsum(episode.turns for episode in episodes) / n,
+        "tokens": math.fsum(episode.tokens for episode in episodes) / n,
+        "seconds": seconds,
+        "failed": sum(episode.status != "ok" for episode in episodes),
+        "unanswered": sum(episode.status == "ok" and episode.answer is None for episode in episodes),
+    }
+
+
+def _plain(score: Score) -> dict[str, Any]:
+    return {"n": score.n, "accuracy": score.accuracy, "stderr": score.stderr, "chance": score.chance}

@@ -1,0 +1,71 @@
+"""From the names on the command line to policies in their seats.
+
+``starter`` means the checkpoint that ships for that seat and graph: the pair for a dialogue, the one-shot rival for ``direct``. ``oracle``
+plays the problem's own program. Anything else is a folder or a Hub name. One engine is loaded per checkpoint, however many seats it takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from monologue import __version__
+from monologue.agents.codec import CodecError
+from monologue.agents.load import codec_for, load_policy
+from monologue.agents.policy import Policy
+from monologue.backends.base import Sampling
+from monologue.graphs.oracle import Seat, oracle
+from monologue.graphs.registry import find
+
+
+def starter(role: str, graph: str) -> Path:
+    """The shipped checkpoint of a seat."""
+    from importlib.resources import files
+
+    name = "direct" if graph == "direct" and role == "answerer" else role
+    return Path(str(files("monologue.backends"))) / "starter" / name
+
+
+def config_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The options as they stand in run.json."""
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items() if key not in ("run", "out")}
+    return {"command": "monologue " + " ".join(sys.argv[1:]), "version": __version__, "options": plain}
+
+
+@contextmanager
+def seats(graph: str, options: argparse.Namespace) -> Iterator[Mapping[str, Seat]]:
+    """Policies for the graph's roles, closed at the end."""
+    sampling = Sampling(temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens)
+    loaded: dict[str, Policy] = {}
+    taken: dict[str, Seat] = {}
+    for role in find(graph).roles:
+        wanted = getattr(options, role)
+        source = str(starter(role, graph)) if wanted in ("starter", "oracle") else wanted
+        if source not in loaded:
+            name = f"starter-{Path(source).name}" if wanted in ("starter", "oracle") else ""
+            loaded[source] = load_policy(source, role, sampling=sampling, policy_id=name)
+        policy = loaded[source]
+        taken[role] = _oracle(policy, role) if wanted == "oracle" else policy
+    try:
+        yield taken
+    finally:
+        asyncio.run(_close(loaded))
+
+
+def _oracle(policy: Policy, role: str) -> Seat:
+    """The oracle, speaking the language of the policy that is to learn from it."""
+    engine: Any = policy.backend
+    if not hasattr(engine, "tokenizer"):
+        raise CodecError(f"the oracle needs a tokenizer to speak with, but {engine.facts.model!r} carries none")
+    eyes = engine if engine.facts.sees else None
+    return oracle(codec_for(engine.tokenizer, eyes), eyes, f"oracle-{role}")
+
+
+async def _close(loaded: Mapping[str, Policy]) -> None:
+    for policy in loaded.values():
+        await policy.backend.aclose()
