@@ -94,7 +94,6 @@ class Stream:
     ) -> None:
         facts = self.policy.backend.facts
         span.record(
-            role=self.role,
             policy_id=self.policy.policy_id,
             weights_version=generation.weights_version,
             trainable=self.policy.trainable,

@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("transformers",)
 CONTROLS = ("shuffle-answers", "wrong-picture")
-TASKS: dict[str, type[Task]] = {"shapes": Shapes}
+TASKS: dict[str, Callable[[], Task]] = {"shapes": Shapes}
 
 
 class UsageError(ValueError):
@@ -129,7 +130,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from monologue.evaluation import evaluate_graphs
 
     warn_of_uploads()
-    task = TASKS[options.task]() if options.families is None else Shapes(tuple(options.families.split(",")))
+    task: Task = TASKS[options.task]() if options.families is None else Shapes(tuple(options.families.split(",")))
     if options.n < 1:
         raise UsageError(f"--n must be at least 1, got {options.n}")
     with tempfile.TemporaryDirectory() as scratch:

@@ -53,8 +53,11 @@ class Problem:
 class Task(Protocol):
     """A named set of problems and its scorer."""
 
-    name: str
-    splits: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def splits(self) -> tuple[str, ...]: ...
 
     def problems(self, split: str, n: int | None = None, seed: int = 0) -> Iterator[Problem]:
         """The first ``n`` problems of a split (None: all, endless for generated splits). Raises TaskError."""

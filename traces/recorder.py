@@ -101,7 +101,7 @@ class Recorder:
         extra: Mapping[str, Any] | None = None,
     ) -> EpisodeRecorder:
         """A context manager that records one run of a graph on one problem."""
-        facts = {
+        facts: dict[str, Any] = {
             names.KIND: "episode",
             names.VERSION: SCHEMA_VERSION,
             names.RUN: self.run.run_id,
@@ -140,7 +140,7 @@ class EpisodeRecorder:
         self.start = start
         self.id = start.episode_id
         self._recorder, self._root = recorder, root
-        self._base = {
+        self._base: dict[str, Any] = {
             names.EPISODE: self.id,
             names.CONVERSATION: self.id,
             names.GROUP: start.group_id,
@@ -210,7 +210,7 @@ class EpisodeRecorder:
         """A policy call of ``role`` in ``node``; ``stream`` names its growing sequence of ids where that is not the role's only one."""
         stream = stream or role
         turn = self._turns[stream] = self._turns.get(stream, -1) + 1
-        facts = {names.KIND: "policy", names.ROLE: role, names.STREAM: stream, names.NODE: node, names.TURN: turn}
+        facts = {names.KIND: "policy", names.AGENT: role, names.ROLE: role, names.STREAM: stream, names.NODE: node, names.TURN: turn}
         with self._span(f"chat {role}", facts, parent) as span:
             self._calls += 1
             call = PolicySpan(span, self._streams, stream)

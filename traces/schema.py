@@ -5,9 +5,9 @@
     episode_end     how it ended, and how many spans there must be
     annotation      what was said about it later: rewards, advantages, remarks; the spans themselves never change
 
-Of a call's prompt only the ids after ``prefix_length`` are stored: what the same stream's call before it had (prompt and sampled ids)
-stands there already. So an episode of T turns takes O(T) space, and readers rebuild full prompts (``calls_of``). ``None`` means that something did
-not happen; 0.0 means that it happened and was zero. Unknown fields are errors: a typo must not vanish.
+Of a call's prompt only the ids after ``prefix_length`` are stored: what the same stream's call before it had, prompt and sampled ids,
+stands there already. So an episode of T turns takes O(T) space, and readers rebuild full prompts (``calls_of``). ``None`` means that
+something did not happen; 0.0 means that it happened and was zero. Unknown fields are errors: a typo must not vanish.
 """
 
 from __future__ import annotations
@@ -257,7 +257,6 @@ def attributes_of(call: Mapping[str, Any]) -> dict[str, Attribute]:
         names.OPERATION: "chat",
         names.PROVIDER: call["engine"],
         names.MODEL: call["model"],
-        names.AGENT: call["role"],
         names.TEMPERATURE: sampling.get("temperature"),
         names.TOP_P: sampling.get("top_p"),
         names.TOP_K: sampling.get("top_k"),

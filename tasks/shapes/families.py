@@ -12,7 +12,7 @@ absent does not help much.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from monologue.tasks.base import TaskError
@@ -87,7 +87,7 @@ def _one_attribute(rng: random.Random, kind: str | None = None) -> Wish:
     return {kind: rng.choice(ATTRIBUTES[kind])}
 
 
-def _scatter(rng: random.Random, wishes: list[Wish], taken: Wishes | None = None) -> Wishes | None:
+def _scatter(rng: random.Random, wishes: Sequence[Wish], taken: Wishes | None = None) -> Wishes | None:
     """Puts each wish on a free cell."""
     taken = dict(taken or {})
     free = [cell for cell in CELLS if cell not in taken]

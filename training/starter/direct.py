@@ -2,8 +2,7 @@
 
 It is given every advantage that can be given: the same perception checkpoint to start from, as many parameters as questioner and
 answerer together (extra layers whose output projections start at zero, so that they change nothing at first), at least the same number
-of pictures, positions and processor seconds, two problems per picture sequence where it helps, and one-hop questions in the mixture so
-that it does not forget how to look.
+of pictures, positions and processor seconds.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Qwen2VLForConditionalGeneration
 
 from monologue.tasks.base import Problem
 from monologue.tasks.shapes import Shapes
@@ -28,12 +28,14 @@ from monologue.training.starter.questioner import options
 from monologue.training.starter.sight import Sight
 
 
-def grow(shape: Any, start: Path, layers: int, seed: int, tokenizer: Any) -> Any:
+def grow(start: Path, layers: int, seed: int, tokenizer: Any) -> Any:
     """The perception checkpoint with further layers on top; same function at first."""
-    source = type(shape).from_pretrained(start, dtype=torch.float32)
+    source: Any = Qwen2VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
     model = build_answerer(seed, tokenizer, layers)
-    missing = model.load_state_dict(source.state_dict(), strict=False)
-    assert not missing.unexpected_keys, missing.unexpected_keys
+    report = model.load_state_dict(source.state_dict(), strict=False)
+    fresh = {key for key in report.missing_keys if ".layers." not in key}
+    if report.unexpected_keys or fresh:
+        raise ValueError(f"the checkpoint {str(start)!r} is no answerer of this family: {sorted(fresh) or report.unexpected_keys}")
     for layer in model.model.language_model.layers[source.config.text_config.num_hidden_layers :]:
         nn.init.zeros_(layer.self_attn.o_proj.weight)
         nn.init.zeros_(layer.mlp.down_proj.weight)

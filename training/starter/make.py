@@ -15,8 +15,9 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,6 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 class RecipeError(ValueError):
     """A recipe that cannot be read or followed."""
-
-
-POLICIES = ("answerer", "questioner", "direct")
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -72,51 +70,74 @@ def stages_of(recipe: dict[str, Any]) -> list[Stage]:
 
 def make(recipe: dict[str, Any], out: Path, start: Path | None = None) -> dict[str, Any]:
     """Trains the recipe's policy into ``out`` and returns its card. ``start`` is the perception checkpoint of ``direct``."""
+    if recipe["policy"] not in _MAKERS:
+        raise RecipeError(f"unknown policy {recipe['policy']!r}; expected one of {', '.join(_MAKERS)}")
     torch.set_num_threads(1)
-    tokenizer = build_tokenizer()
-    words, seed = Words(tokenizer), int(recipe["seed"])
-    curve = Curve(out / "curve.jsonl")
     began = time.process_time()
-    stages = stages_of(recipe)
-    if recipe["policy"] == "questioner":
-        model: Any = build_questioner(seed, tokenizer)
-        for stage in stages:
-            stream = questioner.practice(words, stage.batch, seed)
-            run = model
-            fit(
-                stage,
-                list(model.named_parameters()),
-                stream,
-                lambda b, m=run: questioner.imitate(m, b),
-                curve,
-                lambda m=run: questioner.examine(m, words),
-            )
-        round_weights(model)
-        scores = questioner.examine(model, words, 2000)
-    elif recipe["policy"] == "answerer":
-        model = build_answerer(seed, tokenizer)
-        sight = Sight(model, words)
-        for stage in stages:
-            answerer.learn(sight, [stage], seed, curve)
-            if stage.name == "locate":
-                save(model, tokenizer, out / "perception", vision=True)
-        round_weights(model)
-        scores = answerer.examine(sight, 1000, "validation-final")
-    elif recipe["policy"] == "direct":
-        if start is None or not (start / "config.json").is_file():
-            raise RecipeError(
-                f"'direct' starts from a perception checkpoint; {start} holds none: train the answerer first and pass --start"
-            )
-        model = direct.grow(build_answerer(seed, tokenizer), start, int(recipe["layers"]), seed, tokenizer)
-        sight = Sight(model, words)
-        for stage in stages:
-            direct.learn(sight, stage, seed, curve)
-        round_weights(model)
-        scores = direct.examine(sight, 2000)
-    else:
-        raise RecipeError(f"unknown policy {recipe['policy']!r}; expected one of {', '.join(POLICIES)}")
-    save(model, tokenizer, out, vision=recipe["policy"] != "questioner")
+    bench = Bench(recipe, out, start, build_tokenizer(), Curve(out / "curve.jsonl"))
+    model, scores = _MAKERS[recipe["policy"]](bench)
+    save(model, bench.tokenizer, out, vision=recipe["policy"] != "questioner")
     return write_card(out, recipe, model, scores, time.process_time() - began)
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What every policy is made with."""
+
+    recipe: dict[str, Any]
+    out: Path
+    start: Path | None
+    tokenizer: Any
+    curve: Curve
+
+    @property
+    def seed(self) -> int:
+        return int(self.recipe["seed"])
+
+    @property
+    def words(self) -> Words:
+        return Words(self.tokenizer)
+
+
+Made = tuple[Any, dict[str, float]]
+"""A model and its examination."""
+
+
+def _questioner(bench: Bench) -> Made:
+    model, words = build_questioner(bench.seed, bench.tokenizer), bench.words
+    for stage in stages_of(bench.recipe):
+        stream = questioner.practice(words, stage.batch, bench.seed)
+        parameters = list(model.named_parameters())
+        fit(stage, parameters, stream, partial(questioner.imitate, model), bench.curve, partial(questioner.examine, model, words))
+    round_weights(model)
+    return model, questioner.examine(model, words, 2000)
+
+
+def _answerer(bench: Bench) -> Made:
+    model = build_answerer(bench.seed, bench.tokenizer)
+    sight = Sight(model, bench.words)
+    for stage in stages_of(bench.recipe):
+        answerer.learn(sight, [stage], bench.seed, bench.curve)
+        if stage.name == "locate":
+            save(model, bench.tokenizer, bench.out / "perception", vision=True)
+    round_weights(model)
+    return model, answerer.examine(sight, 1000, "validation-final")
+
+
+def _direct(bench: Bench) -> Made:
+    if bench.start is None or not (bench.start / "config.json").is_file():
+        raise RecipeError(
+            f"'direct' starts from a perception checkpoint, but {bench.start} holds none; train the answerer and pass --start"
+        )
+    model = direct.grow(bench.start, int(bench.recipe["layers"]), bench.seed, bench.tokenizer)
+    sight = Sight(model, bench.words)
+    for stage in stages_of(bench.recipe):
+        direct.learn(sight, stage, bench.seed, bench.curve)
+    round_weights(model)
+    return model, direct.examine(sight, 2000)
+
+
+_MAKERS: dict[str, Callable[[Bench], Made]] = {"answerer": _answerer, "questioner": _questioner, "direct": _direct}
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ Widths near 100 die under the usual initial spread of 0.02, so weights start at 
 from __future__ import annotations
 
 import math
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
@@ -24,12 +25,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from monologue.backends.tokens import SPECIALS
 from monologue.tasks.shapes.language import VOCABULARY
 
-SPECIALS = (
-    *("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>", "<tool>", "<look>", "<conclude>", "<because>", "<choice>"),
-    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
-)
+Model = TypeVar("Model", bound=nn.Module)
 WIDTH, HEADS, LAYERS, INTER = 128, 4, 4, 320
 CONTEXT = 512
 SIDE_PIXELS = 84
@@ -42,7 +41,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")])
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core,
         pad_token="<pad>",
         bos_token="<bos>",
@@ -66,7 +65,7 @@ def build_questioner(seed: int, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForC
 
 
 def build_answerer(seed: int, tokenizer: PreTrainedTokenizerFast, layers: int = LAYERS) -> Qwen2VLForConditionalGeneration:
-    word = tokenizer.convert_tokens_to_ids
+    word = tokenizer.get_vocab().__getitem__
     rope = {"rope_type": "default", "type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6}
     config = Qwen2VLConfig(
         text_config={**_text(tokenizer), "num_hidden_layers": layers, "rope_parameters": rope, "tie_word_embeddings": True},
@@ -83,7 +82,7 @@ def build_answerer(seed: int, tokenizer: PreTrainedTokenizerFast, layers: int = 
     return _spread(Qwen2VLForConditionalGeneration(config), seed)
 
 
-def _text(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
+def _text(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": WIDTH,
@@ -100,7 +99,7 @@ def _text(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
 
 
 @torch.no_grad()
-def _spread(model: nn.Module, seed: int) -> nn.Module:
+def _spread(model: Model, seed: int) -> Model:
     """Draws all weights anew from the seed at a spread that suits small widths."""
     torch.manual_seed(seed)
     for module in model.modules():

@@ -82,7 +82,7 @@ def imitate(model: Qwen3ForCausalLM, batch: Batch) -> Tensor:
 @torch.no_grad()
 def examine(model: Qwen3ForCausalLM, words: Words, n: int = 300) -> dict[str, float]:
     """Share of validation monologues whose every spoken token is the likeliest one, all families and each."""
-    model.eval()
+    model.train(False)
     task, right = Shapes(), {}
     for family in task.families:
         problems = [Shapes([family]).problem("validation", i) for i in range(n // len(task.families))]

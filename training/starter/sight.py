@@ -7,6 +7,8 @@ pass equal to the model's own with ``pixel_values``.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,20 +38,21 @@ class Sight(nn.Module):
     def __init__(self, model: Qwen2VLForConditionalGeneration, words: Words) -> None:
         super().__init__()
         self.model, self.words = model, words
-        self.embedding: nn.Embedding = model.get_input_embeddings()
+        self.embedding = cast(nn.Embedding, model.get_input_embeddings())
 
     def visual_tokens(self, pixels: Tensor) -> Tensor:
         """(B * 36, P) patches to (B, 9, D)."""
         batch = pixels.shape[0] // (4 * VISUAL_TOKENS)
         grid = torch.tensor([[1, 6, 6]]).expand(batch, 3)
-        return self.model.model.visual(pixels, grid_thw=grid).pooler_output.view(batch, VISUAL_TOKENS, -1)
+        seen = self.model.model.visual(pixels, grid_thw=grid).pooler_output
+        return cast(Tensor, seen.view(batch, VISUAL_TOKENS, -1))
 
     def hidden(self, ids: Tensor, visual: Tensor) -> Tensor:
         """(B, T) ids and (B, 9, D) visual tokens to (B, T, D)."""
         x = self.embedding(ids)
         x = torch.cat([x[:, :HEAD], visual, x[:, BODY:]], dim=1)
         out = self.model.model.language_model(inputs_embeds=x, position_ids=positions(*ids.shape), attention_mask=None, use_cache=False)
-        return out.last_hidden_state
+        return cast(Tensor, out.last_hidden_state)
 
     def spoken(self, batch: Batch, visual: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and labels at the positions where the policy speaks: (S, V) and (S,)."""
