@@ -22,6 +22,13 @@ def hear(state: State, context: Context) -> list[Message]:
     return answerer.direct(wording, state["question"], state.get("choices", ()), context.pictures)
 
 
+def hear_look(state: State, context: Context) -> list[Message]:
+    """The question alone, as a monologue would ask it first, or a correction."""
+    if context.opened("answerer"):
+        return hear(state, context)
+    return answerer.opening(context.wording("answerer"), state["question"], context.pictures)
+
+
 def then(state: State, action: Action | ParseFault, context: Context) -> Step:
     """The reply is the answer."""
     asked = state.get("asked", 0) + 1
@@ -34,12 +41,18 @@ def then(state: State, action: Action | ParseFault, context: Context) -> Step:
     return Step({**update, "heard": {"kind": "fault", "reason": action.reason, "text": action.text}}, "answer", "correct")
 
 
-def build() -> Any:
-    """The compiled graph."""
+def build(choices: bool = True) -> Any:
+    """The compiled graph; without ``choices`` the policy is asked the bare question, as one look of a monologue (graph ``look``)."""
     graph = StateGraph(State, context_schema=Context)
-    graph.add_node("answer", policy_node("answer", "answerer", hear, then, answerer.KINDS), destinations=("answer", END))
+    node = policy_node("answer", "answerer", hear if choices else hear_look, then, answerer.KINDS)
+    graph.add_node("answer", node, destinations=("answer", END))
     graph.add_edge(START, "answer")
-    return graph.compile(name="direct")
+    return graph.compile(name="direct" if choices else "look")
+
+
+def build_look() -> Any:
+    """One look."""
+    return build(choices=False)
 
 
 def oracle(problem: Problem) -> Mapping[str, tuple[Action, ...]]:

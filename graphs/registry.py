@@ -81,5 +81,6 @@ def find(name: str) -> Graph:
 
 register(Graph("monologue", ("questioner", "answerer"), monologue.build, monologue.oracle, ("shuffle-answers", "wrong-picture")))
 register(Graph("direct", ("answerer",), direct.build, direct.oracle, ("wrong-picture",)))
+register(Graph("look", ("answerer",), direct.build_look, direct.oracle, ("wrong-picture",)))
 register(Graph("caption", ("questioner", "answerer"), caption.build, caption.oracle, ("wrong-picture",)))
 register(Graph("blind", ("questioner",), blind.build, blind.oracle))

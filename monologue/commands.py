@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from monologue.tables import clean, table
 from monologue.tasks.base import Problem, Task, TaskError
 from monologue.tasks.own import own_problem
-from monologue.tasks.shapes import Shapes
+from monologue.tasks.shapes import Looks, Shapes
 from monologue.traces.images import PictureError, open_picture
 from monologue.traces.store import RunError
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("transformers",)
 CONTROLS = ("shuffle-answers", "wrong-picture")
-TASKS: dict[str, Callable[[], Task]] = {"shapes": Shapes}
+TASKS: dict[str, Callable[[], Task]] = {"shapes": Shapes, "looks": Looks}
 
 
 class UsageError(ValueError):

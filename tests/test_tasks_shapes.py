@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 import pytest
 
 from monologue.tasks.base import TaskError, by_family, exact_match, summarize
-from monologue.tasks.shapes import Shapes, language
+from monologue.tasks.shapes import Looks, Shapes, language
 from monologue.tasks.shapes.draw import SIDE, paint
 from monologue.tasks.shapes.families import FAMILIES, MULTI_HOP
 from monologue.tasks.shapes.perception import KINDS, exam, look, practice_scene
@@ -138,3 +138,11 @@ def test_the_frozen_test_sets_are_what_they_were(split: str) -> None:
 def test_problems_are_plain_enough_to_write_down() -> None:
     problem = Shapes().problem("test", 0)
     json.dumps([problem.id, problem.question, problem.choices, problem.program, problem.extra])
+
+
+@pytest.mark.parametrize("split", ["test", "combos"])
+def test_looks_are_answerable_by_one_of_their_choices(split: str) -> None:
+    problems = list(Looks().problems(split, 100))
+    assert {p.family for p in problems} == set(KINDS)
+    assert all(p.gold is not None and p.oracle and p.choices[p.gold] == p.oracle[0].reply for p in problems)
+    assert [p.id for p in problems] == [p.id for p in Looks().problems(split, 100)]

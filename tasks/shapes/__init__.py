@@ -5,6 +5,6 @@ question on a scene, ``families`` makes problems whose answer cannot be guessed,
 that an answerer practises on, and ``task`` is the door.
 """
 
-from monologue.tasks.shapes.task import Shapes
+from monologue.tasks.shapes.task import Looks, Shapes
 
-__all__ = ["Shapes"]
+__all__ = ["Looks", "Shapes"]

@@ -12,7 +12,6 @@ In an examination every kind has its own pictures, and a question about an objec
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -30,9 +29,12 @@ class Look:
     reply: str
 
 
-def ask_at(rng: random.Random, scene: Scene, world: World) -> Look:
+def ask_at(rng: random.Random, scene: Scene, world: World) -> Look | None:
     attribute = rng.choice(tuple(ATTRIBUTES))
-    cell = rng.choice(tuple(scene)) if rng.random() < 0.9 else rng.choice(CELLS)
+    named = [cell for cell, thing in scene.items() if thing.pair in world.refs]
+    if not named:
+        return None
+    cell = rng.choice(named) if rng.random() < 0.9 else rng.choice(CELLS)
     reply = str(getattr(scene[cell], attribute)) if cell in scene else language.NOTHING
     return Look("at", language.ask_at(attribute, cell), reply)
 
@@ -57,9 +59,11 @@ def ask_where(rng: random.Random, scene: Scene, world: World) -> Look | None:
     return Look("where", language.ask_where(wish), cells[0]) if len(cells) == 1 else None
 
 
-def ask_count(rng: random.Random, scene: Scene, world: World) -> Look:
+def ask_count(rng: random.Random, scene: Scene, world: World) -> Look | None:
     kind = rng.choice(("colour", "shape"))
-    thing = rng.choice(tuple(scene.values()))
+    thing = _target(rng, scene, world)
+    if thing is None:
+        return None
     value = getattr(thing, kind) if rng.random() < 0.75 else rng.choice(ATTRIBUTES[kind])
     wish = {kind: value}
     return Look("count", language.ask_count(wish), str(len(cells_of(scene, wish))))
@@ -134,6 +138,13 @@ def exam(world: World, kind: str, n: int, seed: str) -> Iterator[tuple[Scene, Lo
             return
 
 
-def majority(looks: list[Look]) -> float:
-    """Share of the commonest reply: what guessing blindly could reach."""
-    return Counter(one.reply for one in looks).most_common(1)[0][1] / len(looks)
+def replies(look: Look) -> tuple[str, ...]:
+    """Every word that could answer the question."""
+    if look.kind == "exists":
+        return ("yes", "no")
+    if look.kind == "where":
+        return (*CELLS, language.NOWHERE)
+    if look.kind == "count":
+        return tuple("01234567")
+    attribute = look.question.split()[1]
+    return (*ATTRIBUTES[attribute], *((language.NOTHING,) if look.kind == "at" else ()))

@@ -17,9 +17,10 @@ from collections.abc import Iterator, Sequence
 
 from PIL.Image import Image
 
-from monologue.tasks.base import Problem, TaskError, exact_match
+from monologue.tasks.base import OracleTurn, Problem, TaskError, exact_match
 from monologue.tasks.shapes.draw import paint
 from monologue.tasks.shapes.families import FAMILIES, World, find_scene
+from monologue.tasks.shapes.perception import KINDS, look, practice_scene, replies
 from monologue.tasks.shapes.programs import hops
 from monologue.tasks.shapes.scene import HELD_OUT, PAIRS, SEEN, Scene, as_plain
 
@@ -63,6 +64,43 @@ class Shapes:
             program=draft.program,
             oracle=outcome.turns,
             explanation=outcome.explanation,
+            extra={"scene": as_plain(scene)},
+        )
+
+    def score(self, problem: Problem, answer: str | None) -> float:
+        return exact_match(problem, answer)
+
+
+class Looks:
+    """The one-hop questions that a monologue is made of, kind by kind; the choices are all words that could answer."""
+
+    name = "looks"
+    splits = SPLITS
+
+    def problems(self, split: str, n: int | None = None, seed: int = 0) -> Iterator[Problem]:
+        """The first ``n`` questions, each with its own picture; endless where n is None. Kinds take turns."""
+        if split not in SPLITS:
+            raise TaskError(f"unknown split {split!r} of task 'looks'; choose from {', '.join(SPLITS)}")
+        return (self.problem(split, i, seed) for i in (range(n) if n is not None else itertools.count()))
+
+    def problem(self, split: str, index: int, seed: int = 0) -> Problem:
+        kind = tuple(KINDS)[index % len(KINDS)]
+        rng = random.Random(f"looks/{seed}/{split}/{index}")
+        found = None
+        while found is None:
+            scene = practice_scene(rng, WORLDS[split].pairs)
+            found = look(rng, scene, WORLDS[split], kind)
+        choices = replies(found)
+        return Problem(
+            id=f"looks/{split}/{seed}/{index}",
+            task=self.name,
+            question=found.question,
+            choices=choices,
+            gold=choices.index(found.reply),
+            pictures=(Drawing(scene, rng.getrandbits(32)),),
+            family=kind,
+            hops=1,
+            oracle=(OracleTurn(found.question, found.reply),),
             extra={"scene": as_plain(scene)},
         )
 
