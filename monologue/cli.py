@@ -89,6 +89,7 @@ def _verify(command: argparse.ArgumentParser) -> None:
 def _view(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", type=Path, metavar="RUN")
     command.add_argument("--episode", metavar="ID", help="episode id or the beginning of one (default: list the episodes)")
+    command.add_argument("--svg", type=Path, metavar="FILE", help="with --episode: also write what is shown as a picture")
     command.set_defaults(run=commands.view)
 
 

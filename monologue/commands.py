@@ -141,9 +141,13 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(value, indent=1) + "\n")
+        path.write_text(text)
     except OSError as error:
         raise UsageError(f"cannot write {str(path)!r}: {error.strerror}; name a file in a folder that you may write to") from error
 
@@ -165,6 +169,8 @@ def verify(options: argparse.Namespace) -> int:
 
 def view(options: argparse.Namespace) -> int:
     """Replays an episode in the terminal, or lists the episodes."""
+    from rich.console import Console
+
     from monologue.traces.store import RunReader
     from monologue.traces.terminal import replay
 
@@ -175,7 +181,10 @@ def view(options: argparse.Namespace) -> int:
             raise UsageError(
                 f"{len(found)} episodes of {str(options.folder)!r} begin with {options.episode!r}; list them with monologue view RUN"
             )
-        replay(reader, found[0])
+        console = Console(highlight=False, record=options.svg is not None)
+        replay(reader, found[0], console)
+        if options.svg:
+            write_text(options.svg, console.export_svg(title="monologue view"))
         return 0
     rows = []
     for episode in reader.episodes():

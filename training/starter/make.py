@@ -11,6 +11,7 @@ Weights are rounded to bfloat16 before they are examined and saved, so the card 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import sys
@@ -148,10 +149,9 @@ def round_weights(model: nn.Module) -> None:
 
 
 def save(model: Any, tokenizer: Any, out: Path, vision: bool) -> None:
-    """A checkpoint that ``from_pretrained`` reads."""
+    """A bfloat16 checkpoint that ``from_pretrained`` reads. A copy is cast: casting there and back would round rotary tables for good."""
     out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(out, safe_serialization=True)
-    model.to(torch.float32)
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     if vision:
         build_image_processor().save_pretrained(out)
