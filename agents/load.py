@@ -14,7 +14,7 @@ from PIL.Image import Image
 from monologue.agents.chat import ChatCodec
 from monologue.agents.codec import Codec, CodecError, TinyCodec, VisualTokens
 from monologue.agents.policy import Policy
-from monologue.backends.base import Backend, Sampling
+from monologue.backends.base import Backend, BackendError, Sampling
 from monologue.backends.pictures import Placeholders
 
 
@@ -63,6 +63,11 @@ def load_policy(
     **engine: Any,
 ) -> Policy:
     """A policy run in this process by transformers. ``engine`` options go to ``HFBackend``. Raises BackendError, CodecError."""
-    from monologue.backends.hf import HFBackend
+    try:
+        from monologue.backends.hf import HFBackend
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers", "tokenizers", "safetensors"):
+            raise
+        raise BackendError(f"running a model in this process needs {error.name}; pip install 'monologue[train]'") from error
 
     return seat(HFBackend(source, **engine), role, sampling, policy_id or Path(source).name, trainable)

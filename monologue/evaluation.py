@@ -17,7 +17,7 @@ from monologue.graphs.play import play
 from monologue.graphs.summary import Played
 from monologue.seating import config_of, seats
 from monologue.tables import table
-from monologue.tasks.base import Problem, Score, Task, by_family, summarize
+from monologue.tasks.base import Problem, Score, Task, by_family, by_hops, summarize
 
 
 def evaluate_graphs(options: argparse.Namespace, task: Task, out: Path) -> list[dict[str, Any]]:
@@ -26,8 +26,8 @@ def evaluate_graphs(options: argparse.Namespace, task: Task, out: Path) -> list[
     rows = [_evaluate(name.strip(), options, task, problems, out) for name in options.graph.split(",")]
     heads = ["graph", "n", "accuracy", "± stderr", "chance", "turns", "tokens", "seconds", "failed"]
     table(heads, [_cells(row) for row in rows])
-    families = sorted({name for row in rows for name in row["by_family"]})
-    table(["family", "chance", *(row["graph"] for row in rows)], [_family_row(name, rows) for name in families])
+    heads = ["family or hops", "chance", *(row["graph"] for row in rows)]
+    table(heads, [_part(kind, name, rows) for kind in ("by_family", "by_hops") for name in rows[0][kind]])
     return rows
 
 
@@ -36,9 +36,10 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [row["graph"], str(row["n"]), *rates, f"{row['turns']:.2f}", f"{row['tokens']:.1f}", f"{row['seconds']:.1f}", str(row["failed"])]
 
 
-def _family_row(name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
-    cells = [f"{row['by_family'][name]['accuracy']:.3f} ± {row['by_family'][name]['stderr']:.3f}" for row in rows]
-    return [name, f"{rows[0]['by_family'][name]['chance']:.3f}", *cells]
+def _part(kind: str, name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    label = name if kind == "by_family" else "multi-hop" if name == "multi" else f"{name} hop{'s' * (name != '1')}"
+    cells = [f"{row[kind][name]['accuracy']:.3f} ± {row[kind][name]['stderr']:.3f}" for row in rows]
+    return [label, f"{rows[0][kind][name]['chance']:.3f}", *cells]
 
 
 def _evaluate(graph: str, options: argparse.Namespace, task: Task, problems: list[Problem], out: Path) -> dict[str, Any]:
@@ -74,6 +75,7 @@ def _row(graph: str, options: argparse.Namespace, problems: list[Problem], episo
         "split": options.split,
         "control": options.control,
         **_plain(whole),
+        "by_hops": {name: _plain(score) for name, score in by_hops(problems, points).items()},
         "by_family": {name: _plain(score) for name, score in by_family(problems, points).items()},
         "turns": math.fsum(episode.turns for episode in episodes) / n,
         "tokens": math.fsum(episode.tokens for episode in episodes) / n,

@@ -7,7 +7,6 @@ problems costs kilobytes each. Pictures come as functions rather than as files, 
 from __future__ import annotations
 
 import math
-import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -97,14 +96,19 @@ def summarize(scores: Sequence[float], chances: Sequence[float]) -> Score:
 
 def by_family(problems: Sequence[Problem], scores: Sequence[float]) -> dict[str, Score]:
     """One Score per question family, in name order."""
+    return _grouped([problem.family for problem in problems], problems, scores)
+
+
+def by_hops(problems: Sequence[Problem], scores: Sequence[float]) -> dict[str, Score]:
+    """One Score per number of look-ups, and ``multi`` over all that need two or more; problems of unknown hops are left out."""
+    known = [(problem, score) for problem, score in zip(problems, scores, strict=True) if problem.hops is not None]
+    many = [(problem, score) for problem, score in known if (problem.hops or 0) > 1]
+    both = [(str(problem.hops), problem, score) for problem, score in known] + [("multi", problem, score) for problem, score in many]
+    return _grouped(*map(list, zip(*both, strict=True))) if both else {}
+
+
+def _grouped(keys: Sequence[str], problems: Sequence[Problem], scores: Sequence[float]) -> dict[str, Score]:
     groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for problem, score in zip(problems, scores, strict=True):
-        groups[problem.family].append((score, 1 / len(problem.choices)))
-    return {name: summarize(*zip(*rows, strict=True)) for name, rows in sorted(groups.items())}
-
-
-def shuffled_choices(rng: random.Random, gold: str, others: Sequence[str]) -> tuple[tuple[str, ...], int]:
-    """Gold among the others in random order; returns choices and the index of gold."""
-    choices = [gold, *others]
-    rng.shuffle(choices)
-    return tuple(choices), choices.index(gold)
+    for key, problem, score in zip(keys, problems, scores, strict=True):
+        groups[key].append((score, 1 / len(problem.choices)))
+    return {key: summarize(*zip(*rows, strict=True)) for key, rows in sorted(groups.items())}

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from monologue.tasks.base import TaskError, by_family, exact_match, summarize
+from monologue.tasks.base import TaskError, by_family, by_hops, exact_match, summarize
 from monologue.tasks.shapes import Looks, Shapes, language
 from monologue.tasks.shapes.draw import SIDE, paint
 from monologue.tasks.shapes.families import FAMILIES, MULTI_HOP
@@ -127,6 +127,8 @@ def test_scores_carry_a_standard_error() -> None:
     whole = summarize(scores, [0.25] * 40)
     assert (whole.accuracy, whole.stderr, whole.n) == (1.0, 0.0, 40)
     assert sum(one.n for one in by_family(problems, scores).values()) == 40
+    hops = by_hops(problems, scores)
+    assert hops["multi"].n == 40 - hops["1"].n == sum(hops[name].n for name in ("2", "3", "4"))
     assert summarize([1.0, 0.0], [0.5, 0.5]).stderr == pytest.approx(0.5)
 
 
