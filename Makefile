@@ -7,7 +7,7 @@ ROOMS := agents backends graphs tasks traces training
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-real check links freeze clean
+.PHONY: demo test test-real check links figures clean
 
 .venv/installed: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv .venv
@@ -42,3 +42,15 @@ check: .venv/dev links
 
 clean:
 	rm -rf .venv .links build *.egg-info runs
+
+# Every figure of the README, from the shipped weights, on problems that no training has seen.
+EVAL := $(BIN)/monologue eval
+figures: .venv/installed
+	$(EVAL) --graph blind,caption,direct,monologue --n 2000 --json bench/results/graphs.json
+	$(EVAL) --graph monologue,direct --split combos --n 2000 --json bench/results/graphs-combos.json
+	$(EVAL) --graph monologue --n 2000 --control shuffle-answers --json bench/results/shuffle-answers.json
+	$(EVAL) --graph monologue --n 2000 --control wrong-picture --json bench/results/wrong-picture.json
+	$(EVAL) --task looks --graph look --n 10000 --json bench/results/looks.json
+	$(EVAL) --task looks --graph look --split combos --n 10000 --json bench/results/looks-combos.json
+	$(BIN)/python bench/overhead.py
+	$(BIN)/python bench/rollout.py
