@@ -25,6 +25,7 @@ from monologue.graphs.state import Context, GraphError
 from monologue.graphs.summary import Earlier, Played, Summary, earlier, met_again, played, progress_bar
 from monologue.tasks.base import Problem, exact_match
 from monologue.traces.recorder import Recorder
+from monologue.traces.schema import Record
 from monologue.traces.store import RunError, RunWriter
 
 if TYPE_CHECKING:
@@ -155,10 +156,12 @@ async def aplay(
     tools: Sequence[BaseTool] = (),
     score: Callable[[Problem, str | None], float] = exact_match,
     config: Mapping[str, Any] | None = None,
+    listener: Callable[[Record], None] | None = None,
 ) -> Summary:
     """Plays ``samples`` episodes of each problem into the run folder and returns what came of them.
 
     ``max_turns`` bounds the actions of the seat that concludes. ``score`` is the task's rule. ``config`` is kept in run.json.
+    ``listener`` is told of each record once it is on disk.
     Raises GraphError for what does not fit together, RunError where the run cannot be written.
     """
     chosen = find(graph) if isinstance(graph, str) else graph
@@ -177,6 +180,7 @@ async def aplay(
         other_questions(control, partner)
     done = earlier(run, settings) if resume else {}
     writer = run if isinstance(run, RunWriter) else RunWriter(Path(run), settings, resume=resume)
+    writer.listener = listener or writer.listener
     table = Table(chosen, seats, Recorder(writer), score, seed, max_turns, Toolbox(tools), control, pairs)
     summary = Summary()
     total = len(problems) * samples if isinstance(problems, Sized) else None

@@ -12,7 +12,10 @@ from monologue.graphs.state import GraphError
 from monologue.tasks.base import Problem, Score, summarize
 from monologue.traces.store import Episode, RunReader, RunWriter
 
-FIXED = ("graph", "seed", "max_turns", "control")
+FIXED = (
+    *("graph", "seed", "max_turns", "control"),
+    *("task", "split", "questioner", "answerer", "temperature", "top_p", "max_tokens"),
+)
 """Settings that may not change when a run is resumed."""
 
 
@@ -112,7 +115,7 @@ def earlier(run: str | Path | RunWriter, settings: Mapping[str, Any]) -> dict[tu
         return found
     reader = RunReader(path)
     before = reader.info.get("config", {})
-    other = [key for key in FIXED if key in before and before[key] != settings[key]]
+    other = [key for key in FIXED if key in before and key in settings and before[key] != settings[key]]
     if other and not isinstance(run, RunWriter):
         told = ", ".join(f"{key}={before[key]!r} (now {settings[key]!r})" for key in other)
         raise GraphError(f"the run in {str(path)!r} was begun with {told}; resume it with the same, or name another folder")

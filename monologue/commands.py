@@ -51,18 +51,14 @@ def play(options: argparse.Namespace) -> int:
     from monologue.graphs.play import play as play_graph
     from monologue.live import Live
     from monologue.seating import config_of, seats
-    from monologue.traces.store import RunWriter
 
     out = options.out or new_run(options.graph)
     with seats(options.graph, options) as taken:
-        run = RunWriter(out, config_of(options), resume=not options.no_resume)
-        if options.live:
-            Live(run)
         summary = play_graph(
             options.graph,
             problems,
             taken,
-            run,
+            out,
             samples=options.samples,
             concurrency=1 if options.live else options.concurrency,
             seed=options.seed,
@@ -70,6 +66,9 @@ def play(options: argparse.Namespace) -> int:
             control=options.control,
             score=task.score,
             progress=not options.live,
+            resume=not options.no_resume,
+            config=config_of(options),
+            listener=Live(out) if options.live else None,
         )
     report(summary, out, options)
     return 1 if summary.failed else 0

@@ -32,9 +32,10 @@ def starter(role: str, graph: str) -> Path:
 
 
 def config_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The options as they stand in run.json."""
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items() if key not in ("run", "out")}
-    return {"command": "monologue " + " ".join(sys.argv[1:]), "version": __version__, "options": plain}
+    """The options as they stand in run.json, with the command and the version."""
+    left_out = ("run", "out", "verb", "json", "live", "no_resume", "concurrency", "n", "samples")
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items() if key not in left_out}
+    return {**plain, "command": "monologue " + " ".join(sys.argv[1:]), "version": __version__}
 
 
 @contextmanager
