@@ -98,7 +98,8 @@ def _train(command: argparse.ArgumentParser) -> None:
     command.add_argument("recipe", metavar="RECIPE", help="answerer, questioner, direct, or a TOML file")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a top-level key of the recipe")
     command.add_argument("--out", type=Path, metavar="DIR", help="default: runs/RECIPE")
-    command.add_argument("--start", type=Path, metavar="DIR", help="perception checkpoint that 'direct' starts from")
+    command.add_argument("--start", type=Path, metavar="DIR", help="checkpoint to start from: perception for 'direct'")
+    command.add_argument("--only", nargs="+", metavar="STAGE", help="run these stages of the recipe only, e.g. after --start")
     command.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     command.set_defaults(run=commands.train)
 

@@ -197,9 +197,11 @@ def view(options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Trains a starter policy."""
-    from monologue.training.starter.make import make, override, read_recipe
+    from monologue.training.starter.make import choose, make, override, read_recipe
 
     recipe = override(read_recipe(options.recipe), options.set)
+    if options.only:
+        recipe = choose(recipe, options.only)
     if options.dry_run:
         print(json.dumps(recipe, indent=1))
         return 0

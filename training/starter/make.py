@@ -65,12 +65,26 @@ def override(recipe: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     return recipe
 
 
+def choose(recipe: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The recipe with only these stages to run. Raises RecipeError for names that it does not have."""
+    known = [stage["name"] for stage in recipe["stage"]]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise RecipeError(f"the recipe has no stages {unknown!r}; it has {', '.join(known)}")
+    return {**recipe, "only": list(names)}
+
+
 def stages_of(recipe: dict[str, Any]) -> list[Stage]:
-    return [Stage(**stage) for stage in recipe["stage"]]
+    """The recipe's stages, or those that ``only`` names."""
+    only = recipe.get("only")
+    return [Stage(**stage) for stage in recipe["stage"] if only is None or stage["name"] in only]
 
 
 def make(recipe: dict[str, Any], out: Path, start: Path | None = None) -> dict[str, Any]:
-    """Trains the recipe's policy into ``out`` and returns its card. ``start`` is the perception checkpoint of ``direct``."""
+    """Trains the recipe's policy into ``out`` and returns its card.
+
+    ``start`` is the perception checkpoint of ``direct``, or an answerer that goes on with the stages named in ``recipe["only"]``.
+    """
     if recipe["policy"] not in _MAKERS:
         raise RecipeError(f"unknown policy {recipe['policy']!r}; expected one of {', '.join(_MAKERS)}")
     torch.set_num_threads(1)
@@ -115,7 +129,9 @@ def _questioner(bench: Bench) -> Made:
 
 
 def _answerer(bench: Bench) -> Made:
-    model = build_answerer(bench.seed, bench.tokenizer)
+    model: Any = build_answerer(bench.seed, bench.tokenizer)
+    if bench.start is not None:
+        model = type(model).from_pretrained(bench.start, dtype=torch.float32)
     sight = Sight(model, bench.words)
     for stage in stages_of(bench.recipe):
         answerer.learn(sight, [stage], bench.seed, bench.curve)
@@ -162,7 +178,8 @@ def write_card(out: Path, recipe: dict[str, Any], model: nn.Module, scores: dict
         "policy": recipe["policy"],
         "command": f"monologue train starter {recipe['policy']}",
         "seed": recipe["seed"],
-        "stages": [asdict(stage) for stage in stages_of(recipe)],
+        "stages": [asdict(Stage(**stage)) for stage in recipe["stage"]],
+        "run_here": [stage.name for stage in stages_of(recipe)],
         "parameters": sum(p.numel() for p in model.parameters()),
         "cpu_seconds": round(seconds),
         "torch": torch.__version__.split("+")[0],
