@@ -2,7 +2,7 @@
 
 It is given every advantage that can be given: the same perception checkpoint to start from, as many parameters as questioner and
 answerer together (extra layers whose output projections start at zero, so that they change nothing at first), at least the same number
-of pictures, positions and processor seconds.
+of pictures and processor seconds.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def one_shot(problem: Problem) -> list[Part]:
 
 def practice(words: Words, stage: Stage, seed: int) -> Iterator[Batch]:
     """Whole problems, with a share of one-hop interviews (``stage.weights["interview"]``)."""
-    rng = random.Random(f"direct/{seed}")
+    rng = random.Random(f"direct/{seed}" + (f"/{stage.first}" if stage.first else ""))
     task = Shapes()
     share = (stage.weights or {}).get("interview", 0.0)
-    for start in itertools.count(0, stage.batch):
+    for start in itertools.count(stage.first, stage.batch):
         rows, images = [], []
         for index in range(start, start + stage.batch):
             problem = task.problem("train", index, seed)

@@ -41,6 +41,9 @@ class Stage:
     weights: dict[str, float] | None = None
     """Shares of the question kinds."""
     floor: float = FLOOR
+    """Share of the peak learning rate at which the stage ends."""
+    first: int = 0
+    """Index of the first training problem, so that a later stage meets new ones."""
 
 
 class Curve:

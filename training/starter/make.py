@@ -146,7 +146,10 @@ def _direct(bench: Bench) -> Made:
         raise RecipeError(
             f"'direct' starts from a perception checkpoint, but {bench.start} holds none; train the answerer and pass --start"
         )
-    model = direct.grow(bench.start, int(bench.recipe["layers"]), bench.seed, bench.tokenizer)
+    if bench.recipe.get("only") is None:
+        model = direct.grow(bench.start, int(bench.recipe["layers"]), bench.seed, bench.tokenizer)
+    else:
+        model = type(build_answerer(bench.seed, bench.tokenizer)).from_pretrained(bench.start, dtype=torch.float32)
     sight = Sight(model, bench.words)
     for stage in stages_of(bench.recipe):
         direct.learn(sight, stage, bench.seed, bench.curve)
