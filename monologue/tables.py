@@ -19,4 +19,7 @@ def table(heads: list[str], rows: Iterable[list[str]]) -> None:
     grid = Table(*heads, box=box.SIMPLE_HEAD)
     for row in rows:
         grid.add_row(*(escape(clean(cell)) for cell in row))
-    Console().print(grid)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(grid)

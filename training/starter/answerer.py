@@ -1,4 +1,4 @@
-"""The starter answerer, from nothing, in six steps that follow one another because each is slow without the one before.
+"""The starter answerer, from nothing, in five steps that follow one another because each is slow without the one before.
 
     see       the picture tower alone: every visual token names its cell and what stands there (a Visual Words loss on the tied
               embeddings). No language model runs, so a quarter of a million pictures cost minutes.
@@ -6,7 +6,6 @@
     locate    ... and to find a cell by content. Mixed in from the start this skill stays flat for thousands of steps.
     drill     the same density for counting, existence and attributes.
     ask       whole interviews in the words that the graphs use, all kinds of questions.
-    polish    the same with more of what is still hard, at a small learning rate.
 
 Tower and word embeddings stand still after ``see``. The visual tokens are written in the word embeddings; with tied embeddings that
 kept learning, finding by content stayed near chance (0.2 after 150 s), with frozen ones single attributes reached 0.94 in 100 s.
@@ -65,11 +64,7 @@ def ask(sight: Sight, stage: Stage, seed: int, curve: Curve) -> None:
     fit(stage, sight.language(), stream, sight.speak_loss, curve, lambda: examine(sight, 200, "validation"))
 
 
-def polish(sight: Sight, stage: Stage, seed: int, curve: Curve) -> None:
-    ask(sight, stage, seed, curve)
-
-
-_STEPS = {step.__name__: step for step in (see, captions, locate, drill, ask, polish)}
+_STEPS = {step.__name__: step for step in (see, captions, locate, drill, ask)}
 
 
 def questions(split: str, kind: str, n: int, seed: str, words: batches.Words) -> Iterator[Batch]:
