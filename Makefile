@@ -21,7 +21,7 @@ export TOKENIZERS_PARALLELISM ?= false
 	@touch $@
 
 demo: .venv/installed
-	$(BIN)/monologue play --task shapes --graph monologue --split test --n 3 --live --out runs/demo-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/monologue play --task shapes --graph monologue --families near,kin,twins --n 3 --live --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: .venv/dev
 	$(BIN)/python -m pytest -q

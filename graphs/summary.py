@@ -14,7 +14,7 @@ from monologue.traces.store import Episode, RunReader, RunWriter
 
 FIXED = (
     *("graph", "seed", "max_turns", "control"),
-    *("task", "split", "questioner", "answerer", "temperature", "top_p", "max_tokens"),
+    *("task", "split", "families", "questioner", "answerer", "temperature", "top_p", "max_tokens"),
 )
 """Settings that may not change when a run is resumed."""
 

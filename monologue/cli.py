@@ -55,6 +55,7 @@ def _play(command: argparse.ArgumentParser) -> None:
     command.add_argument("--split", default="test")
     command.add_argument("--graph", default="monologue", metavar="GRAPH", help="e.g. monologue, monologue:looks=2, direct, caption, blind")
     command.add_argument("--n", type=int, default=20, help="problems")
+    command.add_argument("--families", metavar="NAMES", help="question families of the shapes world, separated by commas (default: all)")
     command.add_argument("--samples", type=int, default=1, help="episodes per problem")
     command.add_argument("--out", type=Path, metavar="RUN", help="run folder (default: a new one under runs/)")
     command.add_argument("--control", choices=commands.CONTROLS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -18,6 +19,7 @@ from monologue.tasks.own import own_problem
 from monologue.tasks.shapes import Looks, Shapes
 from monologue.traces.images import PictureError, open_picture
 from monologue.traces.store import RunError
+from monologue.usage import UsageError
 
 if TYPE_CHECKING:
     from monologue.graphs.summary import Summary
@@ -25,10 +27,6 @@ if TYPE_CHECKING:
 BACKENDS = ("transformers",)
 CONTROLS = ("shuffle-answers", "wrong-picture")
 TASKS: dict[str, Callable[[], Task]] = {"shapes": Shapes, "looks": Looks}
-
-
-class UsageError(ValueError):
-    """Options that do not fit together."""
 
 
 def user_errors() -> tuple[type[Exception], ...]:
@@ -46,7 +44,7 @@ def user_errors() -> tuple[type[Exception], ...]:
 def play(options: argparse.Namespace) -> int:
     """Plays problems of a task, or one of your own, into a run folder."""
     warn_of_uploads()
-    task = TASKS[options.task]()
+    task = task_of(options)
     problems = problems_of(options, task)
     from monologue.graphs.play import play as play_graph
     from monologue.live import Live
@@ -72,6 +70,15 @@ def play(options: argparse.Namespace) -> int:
         )
     report(summary, out, options)
     return 1 if summary.failed else 0
+
+
+def task_of(options: argparse.Namespace) -> Task:
+    """The task, cut to the wanted families."""
+    if options.families is None:
+        return TASKS[options.task]()
+    if options.task != "shapes":
+        raise UsageError(f"--families belongs to the task 'shapes', not to {options.task!r}")
+    return Shapes(tuple(options.families.split(",")))
 
 
 def problems_of(options: argparse.Namespace, task: Task) -> list[Problem]:
@@ -129,7 +136,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from monologue.evaluation import evaluate_graphs
 
     warn_of_uploads()
-    task: Task = TASKS[options.task]() if options.families is None else Shapes(tuple(options.families.split(",")))
+    task = task_of(options)
     if options.n < 1:
         raise UsageError(f"--n must be at least 1, got {options.n}")
     with tempfile.TemporaryDirectory() as scratch:
@@ -137,6 +144,11 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.json:
         write_json(options.json, rows)
     return 1 if any(row["failed"] for row in rows) else 0
+
+
+def without_web_fonts(svg: str) -> str:
+    """The picture without the fonts that it would fetch from the net."""
+    return re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -183,7 +195,7 @@ def view(options: argparse.Namespace) -> int:
         console = Console(highlight=False, record=options.svg is not None)
         replay(reader, found[0], console)
         if options.svg:
-            write_text(options.svg, console.export_svg(title="monologue view"))
+            write_text(options.svg, without_web_fonts(console.export_svg(title="monologue view")))
         return 0
     rows = []
     for episode in reader.episodes():

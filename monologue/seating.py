@@ -21,6 +21,7 @@ from monologue.agents.policy import Policy
 from monologue.backends.base import Sampling
 from monologue.graphs.oracle import Seat, oracle
 from monologue.graphs.registry import find
+from monologue.usage import UsageError
 
 
 def starter(role: str, graph: str) -> Path:
@@ -41,7 +42,10 @@ def config_of(options: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def seats(graph: str, options: argparse.Namespace) -> Iterator[Mapping[str, Seat]]:
     """Policies for the graph's roles, closed at the end."""
-    sampling = Sampling(temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens)
+    try:
+        sampling = Sampling(temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     loaded: dict[str, Policy] = {}
     taken: dict[str, Seat] = {}
     for role in find(graph).roles:
