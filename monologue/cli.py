@@ -41,7 +41,7 @@ def _seats(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--answerer", default="starter", metavar="MODEL", help="'starter', 'oracle', or a folder or name of a Hugging Face VLM"
     )
-    command.add_argument("--backend", default="transformers", choices=commands.BACKENDS, help="engine that runs the policies")
+    command.add_argument("--backend", default="transformers", choices=commands.BACKENDS, help="scripted: no model, plays the oracle")
     command.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     command.add_argument("--top-p", type=float, default=1.0)
     command.add_argument("--max-tokens", type=int, default=64, help="sampled tokens per turn at most")

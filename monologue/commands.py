@@ -24,7 +24,7 @@ from monologue.usage import UsageError
 if TYPE_CHECKING:
     from monologue.graphs.summary import Summary
 
-BACKENDS = ("transformers",)
+BACKENDS = ("transformers", "scripted")
 CONTROLS = ("shuffle-answers", "wrong-picture")
 TASKS: dict[str, Callable[[], Task]] = {"shapes": Shapes, "looks": Looks}
 

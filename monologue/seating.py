@@ -1,7 +1,9 @@
 """From the names on the command line to policies in their seats.
 
-``starter`` means the checkpoint that ships for that seat and graph: the pair for a dialogue, the one-shot rival for ``direct``. ``oracle``
-plays the problem's own program. Anything else is a folder or a Hub name. One engine is loaded per checkpoint, however many seats it takes.
+``--backend scripted`` lets the problem's own program speak through the scripted engine, without any model. With ``transformers``,
+``starter`` means the checkpoint that ships for that seat and graph: the pair for a dialogue, the one-shot rival for ``direct``;
+``oracle`` plays the problem's program in that checkpoint's own tokens; anything else is a folder or a Hub name. One engine is loaded
+per checkpoint, however many seats it takes.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from monologue.agents.codec import CodecError
 from monologue.agents.load import codec_for, load_policy
 from monologue.agents.policy import Policy
 from monologue.backends.base import Sampling
-from monologue.graphs.oracle import Seat, oracle
+from monologue.graphs.oracle import Seat, oracle, scripted
 from monologue.graphs.registry import find
 from monologue.usage import UsageError
 
@@ -46,6 +48,9 @@ def seats(graph: str, options: argparse.Namespace) -> Iterator[Mapping[str, Seat
         sampling = Sampling(temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if options.backend == "scripted":
+        yield {role: _scripted(role, options) for role in find(graph).roles}
+        return
     loaded: dict[str, Policy] = {}
     taken: dict[str, Seat] = {}
     for role in find(graph).roles:
@@ -60,6 +65,12 @@ def seats(graph: str, options: argparse.Namespace) -> Iterator[Mapping[str, Seat
         yield taken
     finally:
         asyncio.run(_close(loaded))
+
+
+def _scripted(role: str, options: argparse.Namespace) -> Seat:
+    if getattr(options, role) not in ("starter", "oracle"):
+        raise UsageError(f"--backend scripted plays the problem's own program and takes no --{role}, got {getattr(options, role)!r}")
+    return scripted(f"scripted-{role}")
 
 
 def _oracle(policy: Policy, role: str) -> Seat:

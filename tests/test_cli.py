@@ -94,6 +94,18 @@ def test_an_own_picture_is_played(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert episode.start.gold is None and episode.start.question == "What colour is the star?"
 
 
+@pytest.mark.parametrize("graph", ["monologue", "direct", "look", "blind", "monologue:looks=2"])
+def test_the_scripted_backend_plays_the_problems_own_program(capsys: pytest.CaptureFixture[str], tmp_path: Path, graph: str) -> None:
+    families = ("--families", "near,compare") if "looks" in graph else ()
+    words = ("--backend", "scripted", "--graph", graph, "--n", 10, *families)
+    code, told, _ = say(capsys, "play", *words, "--out", tmp_path / "run")
+    assert code == 0 and "accuracy 1.000" in told
+    assert say(capsys, "verify", tmp_path / "run")[0] == 0
+    assert "takes no" in refused(
+        capsys, "play", "--backend", "scripted", "--questioner", "m", "--graph", "blind", "--out", tmp_path / "other"
+    )
+
+
 def test_tasks_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "combos" in say(capsys, "tasks")[1]
     code, told, _ = say(capsys, "tasks", "shapes", "--n", 2)
@@ -186,7 +198,8 @@ def test_a_run_of_another_schema_and_a_file_in_place_of_a_folder_are_refused(cap
     for words in (("verify", tmp_path / "run"), ("view", tmp_path / "run"), ("play", "--n", 1, "--out", tmp_path / "run")):
         assert "schema version 77" in refused(capsys, *words)
     (tmp_path / "file").write_text("")
-    assert "cannot write" in refused(capsys, "play", "--n", 1, "--out", tmp_path / "file")
+    for nowhere in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
+        assert "cannot write" in refused(capsys, "play", "--backend", "scripted", "--n", 1, "--out", nowhere)
 
 
 def started(run: Path, n: int, before: str = "") -> subprocess.Popen[str]:
