@@ -18,12 +18,12 @@ import platform
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from monologue.traces.images import PictureError, decode, keep
 from monologue.traces.schema import (
@@ -38,13 +38,7 @@ from monologue.traces.schema import (
 )
 
 Line: TypeAlias = "EpisodeStart | SpanRecord | EpisodeEnd | Annotation"
-_KINDS: Mapping[str, type[Record]] = {
-    "episode_start": EpisodeStart,
-    "span": SpanRecord,
-    "episode_end": EpisodeEnd,
-    "annotation": Annotation,
-}
-_ADAPTERS = {name: TypeAdapter(kind) for name, kind in _KINDS.items()}
+_LINE: TypeAdapter[Line] = TypeAdapter(Annotated[EpisodeStart | SpanRecord | EpisodeEnd | Annotation, Field(discriminator="record")])
 
 
 class RunError(Exception):
@@ -204,12 +198,12 @@ class RunReader:
     def episodes(self) -> Iterator[Episode]:
         """Finished episodes as they end, unfinished ones of a writer at its file's end. Raises RunError on a corrupt line."""
         self.torn = 0
-        notes = self._annotations()
+        notes = self._annotations()  # where they lie, not what they say: a run may have more of them than fit in memory
         for file in sorted((self.path / "spans").glob("*.jsonl")):
             open_ones: dict[str, Episode] = {}
             for number, record in self._lines(file):
                 if isinstance(record, EpisodeStart):
-                    open_ones[record.episode_id] = Episode(record, annotations=notes.get(record.episode_id, []))
+                    open_ones[record.episode_id] = Episode(record, annotations=list(_read(notes.get(record.episode_id, ()))))
                     continue
                 episode = open_ones.get(getattr(record, "episode_id", ""))
                 if episode is None:
@@ -228,32 +222,50 @@ class RunReader:
             raise PictureError(f"the run lacks the picture {sha256}; it was removed from {str(file.parent)!r}")
         return decode(file.read_bytes(), f"the stored picture {sha256}")
 
-    def _annotations(self) -> dict[str, list[Annotation]]:
-        found: dict[str, list[Annotation]] = {}
+    def _annotations(self) -> dict[str, list[tuple[Path, int]]]:
+        """File and offset of every annotation, by episode."""
+        found: dict[str, list[tuple[Path, int]]] = {}
         for file in sorted((self.path / "annotations").glob("*.jsonl")):
-            for _, record in self._lines(file):
+            offset = 0
+            for number, line in self._whole_lines(file):
+                record = parse_line(line, f"{file}, line {number}")
                 assert isinstance(record, Annotation)
-                found.setdefault(record.episode_id, []).append(record)
+                found.setdefault(record.episode_id, []).append((file, offset))
+                offset += len(line)
         return found
 
     def _lines(self, file: Path) -> Iterator[tuple[int, Line]]:
+        for number, line in self._whole_lines(file):
+            yield number, parse_line(line, f"{file}, line {number}")
+
+    def _whole_lines(self, file: Path) -> Iterator[tuple[int, bytes]]:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.endswith(b"\n"):
                     self.torn += 1
                     return
-                yield number, parse_line(line, f"{file}, line {number}")
+                yield number, line
+
+
+def _read(places: Sequence[tuple[Path, int]]) -> Iterator[Annotation]:
+    for file, offset in places:
+        with file.open("rb") as lines:
+            lines.seek(offset)
+            record = parse_line(lines.readline(), str(file))
+            assert isinstance(record, Annotation)
+            yield record
 
 
 def parse_line(line: bytes, place: str) -> Line:
     """One record. Raises RunError that names the place."""
     try:
-        kind = json.loads(line)["record"]
-        record: Line = _ADAPTERS[kind].validate_json(line)  # type: ignore[assignment]
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
-        first = str(error).splitlines()[0]
-        raise RunError(f"{place}: not a record of this schema ({first}); the file was edited or damaged") from error
-    return record
+        return _LINE.validate_json(line)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        where = ".".join(map(str, fault["loc"]))
+        raise RunError(
+            f"{place}: not a record of this schema ({where or 'line'}: {fault['msg']}); the file was edited or damaged"
+        ) from error
 
 
 def _sorted(episode: Episode) -> Episode:
