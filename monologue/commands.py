@@ -167,15 +167,31 @@ def verify(options: argparse.Namespace) -> int:
     """Prints a table of checks; 1 where one does not hold."""
     from monologue.traces.verify import verify as check_run
 
+    given = dict(weights_of(setting) for setting in options.weights)
     checks = check_run(options.folder)
+    if options.replay and checks[0].figure and (checks[0].ok or "torn" in (checks[0].detail or "")):
+        from monologue.training.replay import Weights, replay
+
+        checks += replay(options.folder, Weights(options.folder, given), tolerance=options.tolerance, calls=options.calls)
     table(
         ["check", "holds", "figure", "detail"],
-        [[c.name, "yes" if c.ok else "NO", str(c.figure), c.detail or ""] for c in checks],
+        [
+            [c.name, "yes" if c.ok else "NO", f"{c.figure:.3g}" if isinstance(c.figure, float) else str(c.figure), c.detail or ""]
+            for c in checks
+        ],
     )
     if options.json:
         plain = [{"name": c.name, "ok": c.ok, "figure": c.figure, "span": c.span, "detail": c.detail} for c in checks]
         write_json(options.json, {"checks": plain})
     return 0 if all(check.ok for check in checks) else 1
+
+
+def weights_of(setting: str) -> tuple[str, str]:
+    """``POLICY=FOLDER``."""
+    policy, _, folder = setting.partition("=")
+    if not policy or not folder:
+        raise UsageError(f"--weights takes POLICY=FOLDER or POLICY@VERSION=FOLDER, got {setting!r}")
+    return policy, folder
 
 
 def view(options: argparse.Namespace) -> int:
