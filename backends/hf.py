@@ -20,13 +20,13 @@ from typing import Any, TypeAlias
 
 import torch
 import transformers
-from PIL.Image import Image, new
-from torch import Tensor
+from PIL.Image import Image
 
 from monologue.backends.base import BackendError, Facts, Generation, ImageFacts, Prompt, RequestRefused, Sampling
 from monologue.backends.batching import Batcher, Ticket
-from monologue.backends.checkpoints import Checkpoint, open_checkpoint, processor_hash, take_weights
+from monologue.backends.checkpoints import Checkpoint, open_checkpoint, take_weights
 from monologue.backends.decoding import Decoder, Lane
+from monologue.backends.inputs import Inputs
 from monologue.backends.pictures import Placeholders, locate
 from monologue.backends.tokens import template_hash, tokenizer_hash
 
@@ -80,17 +80,10 @@ class HFBackend:
                 raise ValueError(f"dtype must be 'float32', 'bfloat16' or 'float16', got {dtype!r}")
             numbers = getattr(torch, dtype)
             source = open_checkpoint(str(source), device=device, dtype=numbers, local_files_only=local_files_only)
-        self._model, self._processor = source.model, source.image_processor
+        self._model, self._inputs = source.model, Inputs(source)
         self.tokenizer = source.tokenizer
-        self.processor_hash = processor_hash(self._processor)
-        config = self._model.config
-        self.image_token_id: int | None = getattr(config, "image_token_id", None) if self._processor else None
-        self._banned = tuple(
-            sorted({i for i in (self.image_token_id, getattr(config, "video_token_id", None)) if self._processor and i is not None})
-        )
-        self._vocabulary = int(self._model.get_input_embeddings().num_embeddings)
-        self._decoder, self._threads = Decoder(self._model, self._banned), threads
-        self._rooms: dict[tuple[int, int], Placeholders] = {}
+        self.processor_hash, self.image_token_id = self._inputs.processor_hash, self._inputs.image_token_id
+        self._decoder, self._threads = Decoder(self._model, self._inputs.banned), threads
         self._facts = self._describe(source.source, version)
         self._batcher: Batcher[_Job, Any] = Batcher(
             self._run,
@@ -107,17 +100,7 @@ class HFBackend:
 
     def placeholders(self, image: Image) -> Placeholders:
         """The room a picture takes in a prompt; it depends on the picture's size alone."""
-        if self._processor is None:
-            raise RequestRefused(f"expected no picture: {self._facts.model!r} is a text-only model")
-        if image.size not in self._rooms:
-            try:
-                _, grids = self._pixels([new("RGB", image.size)])
-            except ValueError as error:
-                raise RequestRefused(f"expected a picture that the model's processor takes, got {image.size!r} pixels: {error}") from error
-            frames, high, wide = (int(side) for side in grids[0])
-            merge = int(self._processor.merge_size)
-            self._rooms[image.size] = Placeholders((frames, high, wide), frames * high * wide // merge**2)
-        return self._rooms[image.size]
+        return self._inputs.placeholders(image)
 
     async def generate(self, prompt: Prompt, sampling: Sampling) -> Generation:
         started = time.perf_counter()
@@ -129,7 +112,7 @@ class HFBackend:
 
     async def score(self, prompt: Prompt, ids: tuple[int, ...], sampling: Sampling) -> tuple[float, ...]:
         images = self._admit(prompt, len(ids), sampling)
-        if strange := [token for token in ids if not 0 <= token < self._vocabulary or token in self._banned]:
+        if strange := [token for token in ids if not 0 <= token < self._inputs.vocabulary or token in self._inputs.banned]:
             raise RequestRefused(f"expected ids that this model can sample, got {strange[0]!r}")
         if not ids:
             return ()
@@ -152,17 +135,17 @@ class HFBackend:
             weights_version=version,
             tokenizer_hash=tokenizer_hash(self.tokenizer),
             template_hash=template_hash(self.tokenizer.chat_template),
-            sees=self._processor is not None,
+            sees=self._inputs.sees,
             context_length=int(text.max_position_embeddings),
             extra={
                 "architecture": type(self._model).__name__,
-                "banned_ids": list(self._banned),
+                "banned_ids": list(self._inputs.banned),
                 "device": str(self._model.device),
                 "dtype": str(self._model.dtype).removeprefix("torch."),
                 "image_token_id": self.image_token_id,
                 "processor_hash": self.processor_hash,
                 "torch": torch.__version__,
-                "vocabulary": self._vocabulary,
+                "vocabulary": self._inputs.vocabulary,
             },
         )
 
@@ -172,12 +155,12 @@ class HFBackend:
             raise RequestRefused("expected at least one prompt id, got none")
         if len(prompt.ids) + room > self._facts.context_length:
             raise RequestRefused(f"expected prompt and reply within {self._facts.context_length} tokens, got {len(prompt.ids)} + {room}")
-        if strange := [token for token in (*prompt.ids, *sampling.stop_ids) if not 0 <= token < self._vocabulary]:
-            raise RequestRefused(f"expected ids from 0 to {self._vocabulary - 1}, got {strange[0]!r}")
-        if unseen := [token for token in prompt.ids if token in self._banned and token != self.image_token_id]:
+        if strange := [token for token in (*prompt.ids, *sampling.stop_ids) if not 0 <= token < self._inputs.vocabulary]:
+            raise RequestRefused(f"expected ids from 0 to {self._inputs.vocabulary - 1}, got {strange[0]!r}")
+        if unseen := [token for token in prompt.ids if token in self._inputs.banned and token != self.image_token_id]:
             raise RequestRefused(f"expected no video placeholder, got id {unseen[0]!r}: this engine takes pictures only")
         rooms = tuple(self.placeholders(picture.image) for picture in prompt.pictures)
-        return locate(prompt, rooms, self.image_token_id, self.processor_hash) if self._processor else ()
+        return locate(prompt, rooms, self.image_token_id, self.processor_hash) if self._inputs.sees else ()
 
     def _limit(self, prompt: Prompt, sampling: Sampling) -> int:
         return min(sampling.max_tokens, self._facts.context_length - len(prompt.ids))
@@ -238,22 +221,5 @@ class HFBackend:
 
     def _lane(self, job: _Generate | _Score) -> Lane:
         ids = (*job.prompt.ids, *(job.ids if isinstance(job, _Score) else ()))
-        pixels, grids = self._pixels([picture.image for picture in job.prompt.pictures]) if job.images else (None, None)
-        return Lane(ids, self._positions(ids, grids), pixels, grids, job.sampling, self._limit(job.prompt, job.sampling))
-
-    def _pixels(self, images: list[Image]) -> tuple[Tensor, Tensor]:
-        assert self._processor is not None
-        found = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
-        return found["pixel_values"], found["image_grid_thw"]
-
-    def _positions(self, ids: tuple[int, ...], grids: Tensor | None) -> Tensor:
-        """(1, L) for text models; (3, L) for M-RoPE, from the model itself where there are pictures."""
-        plain = torch.arange(len(ids)).unsqueeze(0)
-        if self._processor is None:
-            return plain
-        if grids is None:
-            return plain.expand(3, -1)
-        tokens = torch.tensor([ids])
-        kinds = torch.eq(tokens, self.image_token_id or 0).int()
-        positions: Tensor = self._model.model.get_rope_index(tokens, mm_token_type_ids=kinds, image_grid_thw=grids)[0]
-        return positions[:, 0]
+        pixels, grids = self._inputs.pixels([picture.image for picture in job.prompt.pictures]) if job.images else (None, None)
+        return Lane(ids, self._inputs.positions(ids, grids), pixels, grids, job.sampling, self._limit(job.prompt, job.sampling))

@@ -117,7 +117,7 @@ def reference(engine: HFBackend, prompt: Prompt, ids: tuple[int, ...], temperatu
     tokens = torch.tensor([[*prompt.ids, *ids]])
     extra: dict[str, Any] = {}
     if prompt.pictures:
-        pixels = engine._processor(images=[one.image for one in prompt.pictures], return_tensors="pt")
+        pixels = engine._inputs._processor(images=[one.image for one in prompt.pictures], return_tensors="pt")
         extra = {**pixels, "mm_token_type_ids": (tokens == tiny.IMAGE).int()}
     with torch.no_grad():
         logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **extra).logits[0].double()

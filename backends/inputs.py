@@ -1,0 +1,69 @@
+"""What a checkpoint is fed, the same for whoever feeds it: pixels and grids of pictures, room in the prompt, position ids, banned ids.
+
+The engine that samples and the trainer that learns from the samples both ask here. Two implementations of this page are how projects came
+to train on something that no policy ever saw: positions without the pictures' grid, pictures resized by another library, a placeholder id
+with probability where the sampler had banned it.
+
+Shapes: L ids, P position axes (1, or 3 for M-RoPE), N patches of all pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL.Image import Image, new
+from torch import Tensor
+
+from monologue.backends.base import RequestRefused
+from monologue.backends.checkpoints import Checkpoint, processor_hash
+from monologue.backends.pictures import Placeholders
+
+
+class Inputs:
+    """Prepares ids and pictures for one checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._model, self._processor, self._source = checkpoint.model, checkpoint.image_processor, checkpoint.source
+        config = self._model.config
+        video = getattr(config, "video_token_id", None)
+        self.sees = self._processor is not None
+        """Takes pictures."""
+        self.processor_hash = processor_hash(self._processor)
+        self.image_token_id: int | None = getattr(config, "image_token_id", None) if self.sees else None
+        self.banned: tuple[int, ...] = tuple(sorted({i for i in (self.image_token_id, video) if self.sees and i is not None}))
+        """Ids that are never sampled: a placeholder without its picture breaks the next prompt."""
+        self.vocabulary = int(self._model.get_input_embeddings().num_embeddings)
+        self._rooms: dict[tuple[int, int], Placeholders] = {}
+
+    def placeholders(self, image: Image) -> Placeholders:
+        """The room a picture takes in a prompt; it depends on the picture's size alone. Raises RequestRefused."""
+        if self._processor is None:
+            raise RequestRefused(f"expected no picture: {self._source!r} is a text-only model")
+        if image.size not in self._rooms:
+            try:
+                _, grids = self.pixels([new("RGB", image.size)])
+            except ValueError as error:
+                raise RequestRefused(f"expected a picture that the model's processor takes, got {image.size!r} pixels: {error}") from error
+            frames, high, wide = (int(side) for side in grids[0])
+            merge = int(self._processor.merge_size)
+            self._rooms[image.size] = Placeholders((frames, high, wide), frames * high * wide // merge**2)
+        return self._rooms[image.size]
+
+    def pixels(self, images: Sequence[Image]) -> tuple[Tensor, Tensor]:
+        """Patches of all pictures, one after another (N, values), and their grids (pictures, 3)."""
+        assert self._processor is not None
+        found = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        return found["pixel_values"], found["image_grid_thw"]
+
+    def positions(self, ids: Sequence[int], grids: Tensor | None) -> Tensor:
+        """(1, L) for text models; (3, L) for M-RoPE, from the model itself where there are pictures."""
+        plain = torch.arange(len(ids)).unsqueeze(0)
+        if self._processor is None:
+            return plain
+        if grids is None:
+            return plain.expand(3, -1)
+        tokens = torch.tensor([list(ids)])
+        kinds = torch.eq(tokens, self.image_token_id or 0).int()
+        positions: Tensor = self._model.model.get_rope_index(tokens, mm_token_type_ids=kinds, image_grid_thw=grids)[0]
+        return positions[:, 0]
