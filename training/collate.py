@@ -1,0 +1,138 @@
+"""Rows to tensors, and a model's log-probs of what was sampled in them.
+
+Rows of different lengths are padded on the right; position ids are computed per row before padding, by the same ``Inputs`` that fed the
+sampler, so padding moves nothing. Logits are asked for only where something was sampled (``logits_to_keep``): of a row of 2,000 ids with 60
+sampled ones, 97 % of the vocabulary projection is never computed.
+
+Log-probs come in two kinds, and mixing them is a silent bug. ``behaviour`` ones are of the distribution that was really sampled:
+temperature and truncation of each call. ``plain`` ones are of the model itself (temperature 1, nothing cut), for imitation. Ids that a
+sampler can never draw (picture placeholders) are banned in both.
+
+Shapes: B rows, L padded length, P position axes (1, or 3 for M-RoPE), N patches, S sampled ids of all rows, K positions with logits,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from monologue.backends.base import Sampling
+from monologue.backends.inputs import Inputs
+from monologue.backends.sampling import log_distribution
+from monologue.training.rows import Piece, Row
+
+PLAIN = Sampling(temperature=1.0)
+
+
+class RowError(ValueError):
+    """A row that this model cannot be trained on as it stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some rows as tensors."""
+
+    inputs: dict[str, Tensor]
+    """What the model's forward takes: ids (B, L), mask (B, L), positions (P, B, L) or (B, L), pixels (N, values), grids (pictures, 3)."""
+    row: Tensor
+    """(S,) row of each sampled id."""
+    column: Tensor
+    """(S,) its place in the row."""
+    piece: Tensor
+    """(S,) number of its call among all calls of the batch."""
+    trained: Tensor
+    """(S,) 1.0 where loss may fall."""
+    behaviour: Tensor
+    """(S,) recorded log-probs in float64; nan where none were recorded."""
+    samplings: tuple[Sampling, ...]
+    """How each sampled id was drawn, S of them."""
+
+    @property
+    def sampled(self) -> Tensor:
+        """(S,) the ids themselves."""
+        return self.inputs["input_ids"][self.row, self.column]
+
+
+class Collate:
+    """Makes batches for one checkpoint. ``picture`` gives a stored picture by its hash."""
+
+    def __init__(self, inputs: Inputs, picture: Callable[[str], Image], pad: int = 0) -> None:
+        self._inputs, self._picture, self._pad = inputs, picture, pad
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        """Raises RowError for rows that do not fit the model, PictureError for pictures that are gone."""
+        for row in rows:
+            self._check(row)
+        found, pixels, grids = [], [], []
+        for row in rows:
+            patches, grid = self._inputs.pixels([self._picture(image.sha256) for image in row.images]) if row.images else (None, None)
+            found.append(self._inputs.positions(row.ids, grid))
+            if patches is not None and grid is not None:
+                pixels.append(patches)
+                grids.append(grid)
+        inputs = self._padded(rows, found)
+        if pixels:
+            inputs |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
+        return Batch(inputs, *_places(rows))
+
+    def _check(self, row: Row) -> None:
+        if not row.pieces:
+            raise RowError(f"expected something sampled in the row of {row.stream!r} in episode {row.episode_id}, got nothing")
+        if max(row.ids) >= self._inputs.vocabulary or min(row.ids) < 0:
+            raise RowError(f"expected ids from 0 to {self._inputs.vocabulary - 1}, got {max(row.ids)} in episode {row.episode_id}")
+        if row.images and not self._inputs.sees:
+            raise RowError(f"the row of {row.stream!r} in episode {row.episode_id} holds pictures, but the model is text-only")
+        held = sum(image.placeholder_count for image in row.images)
+        if self._inputs.image_token_id is not None and row.ids.count(self._inputs.image_token_id) != held:
+            raise RowError(f"expected {held} placeholders in episode {row.episode_id}, got {row.ids.count(self._inputs.image_token_id)}")
+
+    def _padded(self, rows: Sequence[Row], found: Sequence[Tensor]) -> dict[str, Tensor]:
+        length, axes = max(len(row.ids) for row in rows), found[0].shape[0]
+        ids = torch.full((len(rows), length), self._pad)  # (B, L)
+        mask = torch.zeros(len(rows), length, dtype=torch.long)
+        positions = torch.zeros(axes, len(rows), length, dtype=torch.long)
+        for place, row in enumerate(rows):
+            ids[place, : len(row.ids)] = torch.tensor(row.ids)
+            mask[place, : len(row.ids)] = 1
+            positions[:, place, : len(row.ids)] = found[place]
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions[0] if axes == 1 else positions}
+
+
+def _places(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Sampling, ...]]:
+    lines: list[tuple[int, int, int, float, float]] = []
+    samplings: list[Sampling] = []
+    number = 0
+    for place, row in enumerate(rows):
+        for piece in row.pieces:
+            values = piece.logprobs or (float("nan"),) * (piece.stop - piece.start)
+            columns = range(piece.start, piece.stop)
+            lines += [(place, at, number, float(one), value) for at, one, value in zip(columns, piece.loss_mask, values, strict=True)]
+            samplings += [_sampling(piece)] * (piece.stop - piece.start)
+            number += 1
+    table = torch.tensor(lines, dtype=torch.float64)  # (S, 5)
+    row_of, column, piece_of = (table[:, axis].long() for axis in range(3))
+    return row_of, column, piece_of, table[:, 3], table[:, 4], tuple(samplings)
+
+
+def _sampling(piece: Piece) -> Sampling:
+    if piece.temperature is None:
+        return PLAIN
+    return Sampling(temperature=piece.temperature, top_p=piece.top_p or 1.0, top_k=piece.top_k or 0)
+
+
+def sampled_logprobs(model: Any, batch: Batch, banned: Sequence[int] = (), *, plain: bool = False) -> Tensor:
+    """(S,) log-probs in float64, with gradient where the model has it: of the distribution that was sampled, or of the ``plain`` model."""
+    device = next(model.parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+    before = torch.unique(batch.column - 1)  # (K,) an id is predicted one place earlier
+    logits = model(**inputs, logits_to_keep=before.to(device), use_cache=False).logits  # (B, K, V)
+    place = torch.searchsorted(before, batch.column - 1).to(device)  # (S,)
+    samplings = [PLAIN] if plain else batch.samplings
+    log_probs = log_distribution(logits[batch.row.to(device), place], samplings, banned)  # (S, V)
+    return log_probs.gather(-1, batch.sampled.to(device).unsqueeze(-1)).squeeze(-1)
