@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .venv/dev: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints-dev.txt \
-		'hypothesis>=6.100' 'mypy>=1.15' 'pytest>=8.3' 'pytest-asyncio>=1.0' 'ruff>=0.11' 'build>=1.2'
+		'datasets>=4.0' 'hypothesis>=6.100' 'mypy>=1.15' 'pytest>=8.3' 'pytest-asyncio>=1.0' 'ruff>=0.11' 'build>=1.2'
 	@touch $@
 
 demo: .venv/installed

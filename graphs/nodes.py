@@ -65,12 +65,15 @@ def policy_node(
     tools: Callable[[Context], tuple[Schema, ...]] = lambda context: (),
     force: Callable[[State], Force | None] = lambda state: None,
     keys: frozenset[str] = frozenset(State.__annotations__),
+    stream: Callable[[State], str | None] = lambda state: None,
 ) -> Node:
-    """A node in which ``role`` hears something, acts, and something follows. ``keys`` are those of a builder's own state."""
+    """A node in which ``role`` hears something, acts, and something follows. ``keys`` are those of a builder's own state; ``stream``
+    names the sequence of ids that grows, where that is not the role's only one (branches by ``Send``, subgraphs).
+    """
 
     async def run(state: State, runtime: Runtime[Context]) -> Command[str]:
         context = runtime.context
-        with context.turn(role, name) as turn:
+        with context.turn(role, name, stream(state)) as turn:
             action = await turn.act(hear(state, context), kinds, tools(context), force(state))
             step = then(state, action, context)
             turn.span.edge = step.edge
@@ -159,7 +162,9 @@ def answer() -> Node:
 
 async def _use_tool(state: State, runtime: Runtime[Context]) -> Command[str]:
     pending = state["pending"]
-    with runtime.context.record.tool(name=pending["name"], arguments=pending["arguments"], node="tools") as span:
+    with runtime.context.record.tool(
+        name=pending["name"], arguments=pending["arguments"], node="tools", parent=runtime.context.parent
+    ) as span:
         span.result = await runtime.context.toolbox.call(ToolUse(pending["name"], pending["arguments"]))
     said = {"role": "tool", "kind": "reply", "text": span.result}
     return Command(update={"heard": {"kind": "reply", "text": span.result}, "dialogue": [said]}, goto="ask")

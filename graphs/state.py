@@ -10,7 +10,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypedDict
 
 from monologue.agents.codec import Force, Schema
@@ -76,22 +77,48 @@ class Context:
     """What the answerer is really asked, given the number of the look and the question; other than identity only in controls.
     """
     streams: dict[str, Stream] = field(default_factory=dict)
-    """The growing ids of each role."""
+    """The growing ids of each role, or of each branch that has a stream of its own."""
+    parent: Any = None
+    """Span under which this context's steps stand; None: the episode."""
+    busy: set[str] = field(default_factory=set)
+    """Streams in which a call is under way."""
 
     def wording(self, role: str) -> Wording:
         return self._seat(role).codec.wording
 
-    def opened(self, role: str) -> bool:
-        """Whether this role has acted before."""
-        return role in self.streams
+    def opened(self, stream: str) -> bool:
+        """Whether this role (or branch) has acted before."""
+        return stream in self.streams
 
     @contextmanager
-    def turn(self, role: str, node: str) -> Iterator[Turn]:
-        """One policy call of a role, as a span. Whoever acts through this is traced and trainable."""
-        stream = self.streams.get(role) or Stream(self._seat(role), role, self.seed)
-        with self.record.policy(role=role, node=node) as span:
-            yield Turn(span, stream)
-            self.streams[role] = stream
+    def turn(self, role: str, node: str, stream: str | None = None) -> Iterator[Turn]:
+        """One policy call of a role, as a span. Whoever acts through this is traced and trainable.
+
+        Parallel branches, and subgraphs that begin a dialogue of their own, name a ``stream`` each: one stream is one growing sequence,
+        so two calls of it at once raise GraphError. A turn that an exception leaves is recorded, but its stream is as it was before, so
+        a node that LangGraph tries again says its piece once more and not twice.
+        """
+        name = stream or role
+        if name in self.busy:
+            raise GraphError(
+                f"two calls of {name!r} at once: a stream grows one call at a time; give parallel branches streams of their own, "
+                f"context.turn({role!r}, {node!r}, stream=...)"
+            )
+        known = self.streams.get(name)
+        growing = copy(known) if known else Stream(self._seat(role), name, self.seed)
+        self.busy.add(name)
+        try:
+            with self.record.policy(role=role, node=node, stream=name, parent=self.parent) as span:
+                yield Turn(span, growing)
+            self.streams[name] = growing
+        finally:
+            self.busy.discard(name)
+
+    @contextmanager
+    def step(self, name: str, **facts: str | int | float | bool) -> Iterator[Context]:
+        """A step that is no policy's, such as a subgraph, as a span; the context that it yields puts whatever happens within under it."""
+        with self.record.step(name=name, facts=facts, parent=self.parent) as span:
+            yield replace(self, parent=span)
 
     def _seat(self, role: str) -> Policy:
         if role not in self.seats:

@@ -17,6 +17,7 @@ Leaving an episode without ``finish`` records it as failed, by cancellation as c
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -146,7 +147,8 @@ class EpisodeRecorder:
             names.GROUP: start.group_id,
             names.SAMPLE: start.sample_index,
         }
-        self._seq = self._written = self._calls = self._tools = 0
+        self._seq = itertools.count()  # of threads too
+        self._written = self._calls = self._tools = 0
         self._streams: dict[str, tuple[tuple[int, ...], int, str]] = {}
         self._turns: dict[str, int] = {}
         self._answer: str | None = None
@@ -240,8 +242,15 @@ class EpisodeRecorder:
                     span.set_attribute(names.TOOL_RESULT, call.result)
 
     @contextmanager
+    def step(self, *, name: str, facts: Mapping[str, str | int | float | bool], parent: Any = None) -> Iterator[Any]:
+        """A step that no policy and no tool takes; yields its span, to be the parent of what happens within."""
+        own = {names.KIND: "node", names.NODE: name, names.OPERATION: "invoke_workflow"}
+        with self._span(f"step {name}", {**facts, **own}, parent) as span:
+            yield span
+
+    @contextmanager
     def _span(self, name: str, facts: Mapping[str, Any], parent: Any) -> Iterator[Span]:
-        seq, self._seq = self._seq, self._seq + 1
+        seq = next(self._seq)
         above = set_span_in_context(parent if parent is not None else self._root, Context())
         kind = SpanKind.CLIENT if facts[names.KIND] == "policy" else SpanKind.INTERNAL
         span: Any = self._recorder.tracer.start_span(name, context=above, kind=kind, attributes={**self._base, **facts, names.SEQ: seq})

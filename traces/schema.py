@@ -248,6 +248,8 @@ class PolicyCall:
     """Why it did not."""
     cached_tokens: int | None
     """Prompt tokens that the engine had in a cache; None where it does not say."""
+    failed: bool
+    """An exception left the call's step after it had sampled; whatever followed did not follow from it."""
 
 
 def attributes_of(call: Mapping[str, Any]) -> dict[str, Attribute]:
@@ -359,4 +361,5 @@ def _call(span: SpanRecord, streams: Mapping[str, tuple[int, ...]]) -> PolicyCal
         action=a.get(names.ACTION),
         parse_error=a.get(names.PARSE_ERROR),
         cached_tokens=a.get(names.CACHED_TOKENS),
+        failed=span.status == "error",
     )

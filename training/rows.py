@@ -139,7 +139,7 @@ def read_rows(
     run: str | Path | RunReader, roles: Iterable[str] | None = None, counts: Counts | None = None, merge: bool = True
 ) -> Iterator[Row]:
     """The rows of all episodes that ended well, streaming: only episodes under way are in memory. Calls of policies that are not
-    trainable, and episodes that failed, give none and are counted. ``merge=False`` gives one row a call.
+    trainable, calls that an exception left, and episodes that failed give none and are counted. ``merge=False`` gives one row a call.
 
     Raises RunError on a damaged run, ValueError on calls that do not fit together.
     """
@@ -161,6 +161,9 @@ def rows_of(episode: Episode, roles: frozenset[str] | None, counts: Counts, merg
             continue
         if not call.trainable:
             counts.skipped["call of a policy that is not trainable"] += 1
+            continue
+        if call.failed:
+            counts.skipped["call that an exception left"] += 1
             continue
         streams.setdefault(call.stream, []).append(call)
     counts.episodes += bool(streams)
