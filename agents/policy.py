@@ -50,6 +50,8 @@ class Stream:
         self.ids: tuple[int, ...] = ()
         self.pictures: tuple[Picture, ...] = ()
         self.calls = 0
+        self.last: Generation | None = None
+        """What was sampled last."""
         self._closed = True
 
     async def act(
@@ -74,7 +76,7 @@ class Stream:
         generation = await self.policy.backend.generate(prompt, sampling)
         self.ids, self.pictures = prompt.ids + generation.ids, prompt.pictures
         self._closed = bool(generation.ids) and generation.ids[-1] in codec.stop_ids
-        self.calls += 1
+        self.calls, self.last = self.calls + 1, generation
         action = _of_kinds(codec.parse((*forced, *generation.ids)), kinds, codec.text(generation.ids))
         self._record(span, prompt, sampling, generation, messages, action)
         return action

@@ -118,17 +118,25 @@ def _check_sight(source: str, model: Any, processor: Any) -> None:
 
 
 @contextmanager
-def _one_sentence(source: str, wanted: str) -> Iterator[None]:
-    """Silences progress bars and advice while loading; tells a failure in one sentence."""
+def quiet() -> Iterator[None]:
+    """No progress bars and no advice from transformers."""
     bars, level = _logging.is_progress_bar_enabled(), _logging.get_verbosity()
     _logging.disable_progress_bar()
     _logging.set_verbosity_error()
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, SafetensorError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BackendError(f"expected {wanted} in {source!r}, but loading failed: {first}") from error
     finally:
         _logging.set_verbosity(level)
         if bars:
             _logging.enable_progress_bar()
+
+
+@contextmanager
+def _one_sentence(source: str, wanted: str) -> Iterator[None]:
+    """Tells a failure to load in one sentence."""
+    try:
+        with quiet():
+            yield
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, SafetensorError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BackendError(f"expected {wanted} in {source!r}, but loading failed: {first}") from error

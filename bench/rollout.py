@@ -49,7 +49,7 @@ def main() -> None:
     options.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "rollout.json")
     chosen = options.parse_args()
     problems = list(Shapes().problems("validation", chosen.episodes))
-    seats = {role: load_policy(starter(role, "monologue"), role, sampling=Sampling(temperature=0.0)) for role in ("questioner", "answerer")}
+    seats = {role: load_policy(starter(role), role, sampling=Sampling(temperature=0.0)) for role in ("questioner", "answerer")}
     run(problems[:4], seats, 4)
     rows: list[dict[str, Any]] = []
     ratios = []

@@ -135,6 +135,11 @@ class Turn:
     stream: Stream
     """The role's ids."""
 
+    @property
+    def logprobs(self) -> tuple[float, ...] | None:
+        """Log-probs in nats of what the last ``act`` sampled; None where the engine gives none."""
+        return None if self.stream.last is None else self.stream.last.logprobs
+
     async def act(
         self, messages: list[Message], kinds: tuple[type, ...], tools: tuple[Schema, ...] = (), force: Force | None = None
     ) -> Action | ParseFault:

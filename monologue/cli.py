@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from monologue import __version__, commands
+from monologue import commands
+from monologue.version import __version__
 
-STAGES = ("starter",)
+STAGES = ("starter", "imitate")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,8 +102,9 @@ def _view(command: argparse.ArgumentParser) -> None:
 
 
 def _train(command: argparse.ArgumentParser) -> None:
-    command.add_argument("stage", choices=STAGES, metavar="STAGE", help="starter: the shipped policies, from nothing")
-    command.add_argument("recipe", metavar="RECIPE", help="answerer, questioner, direct, or a TOML file")
+    stages = "starter: the shipped policies, from nothing; imitate: what a role said in a run"
+    command.add_argument("stage", choices=STAGES, metavar="STAGE", help=stages)
+    command.add_argument("recipe", metavar="RECIPE", help="a recipe of ours by name (answerer, questioner, direct, imitate) or a TOML file")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a top-level key of the recipe")
     command.add_argument("--out", type=Path, metavar="DIR", help="default: runs/RECIPE")
     command.add_argument("--start", type=Path, metavar="DIR", help="checkpoint to start from: perception for 'direct'")

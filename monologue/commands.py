@@ -35,7 +35,8 @@ def user_errors() -> tuple[type[Exception], ...]:
         "monologue.graphs.state": "GraphError",
         "monologue.agents.codec": "CodecError",
         "monologue.backends.base": "BackendError",
-        "monologue.training.starter.make": "RecipeError",
+        "monologue.training.recipe": "RecipeError",
+        "monologue.training.collate": "RowError",
     }
     found = [getattr(sys.modules[module], name) for module, name in wanted.items() if module in sys.modules]
     return (UsageError, TaskError, PictureError, RunError, *found)
@@ -165,14 +166,10 @@ def write_text(path: Path, text: str) -> None:
 
 def verify(options: argparse.Namespace) -> int:
     """Prints a table of checks; 1 where one does not hold."""
-    from monologue.traces.verify import verify as check_run
+    from monologue.proof import verify as prove
 
     given = dict(weights_of(setting) for setting in options.weights)
-    checks = check_run(options.folder)
-    if options.replay and checks[0].figure and (checks[0].ok or "torn" in (checks[0].detail or "")):
-        from monologue.training.replay import Weights, replay
-
-        checks += replay(options.folder, Weights(options.folder, given), tolerance=options.tolerance, calls=options.calls)
+    checks = prove(options.folder, replay=options.replay, weights=given, tolerance=options.tolerance, calls=options.calls)
     table(
         ["check", "holds", "figure", "detail"],
         [
@@ -224,8 +221,14 @@ def view(options: argparse.Namespace) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    """Trains a starter policy."""
-    from monologue.training.starter.make import choose, make, override, read_recipe
+    """Trains a policy by a recipe."""
+    return {"starter": train_starter, "imitate": train_imitate}[options.stage](options)
+
+
+def train_starter(options: argparse.Namespace) -> int:
+    """A starter policy from nothing."""
+    from monologue.training.recipe import override, read_recipe
+    from monologue.training.starter.make import choose, make
 
     recipe = override(read_recipe(options.recipe), options.set)
     if options.only:
@@ -237,6 +240,27 @@ def train(options: argparse.Namespace) -> int:
     card = make(recipe, out, options.start)
     table(["examination", "score"], [[name, f"{value:.4f}"] for name, value in card["validation"].items()])
     print(f"{card['parameters']} parameters, {card['cpu_seconds']} processor seconds, written to {out}")
+    return 0
+
+
+def train_imitate(options: argparse.Namespace) -> int:
+    """Imitation of what a role said in a run."""
+    from monologue.seating import starter
+    from monologue.training.imitate import KEEP, Imitation, imitate
+    from monologue.training.recipe import override, read_recipe
+
+    recipe = Imitation.read(override(read_recipe(options.recipe), options.set, Imitation.model_fields))
+    if options.dry_run:
+        print(recipe.model_dump_json(indent=1))
+        return 0
+    source = str(options.start or recipe.model)
+    source = str(starter(recipe.role)) if source == "starter" else source
+    out = options.out or Path("runs") / f"imitate-{recipe.role}"
+    facts = recipe.model_dump(exclude={"run", "model", "keep", "policy"})
+    report = imitate(recipe.run, source, out, keep=KEEP[recipe.keep], **facts)
+    first, last = (report["curve"][end]["loss"] for end in (0, -1))
+    print(f"{report['rows']} rows, {report['sampled']} sampled ids, loss {first:.3f} to {last:.3f}, written to {out}")
+    print(f"play:  monologue play --{recipe.role} {out}")
     return 0
 
 

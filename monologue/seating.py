@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from monologue import __version__
 from monologue.agents.codec import CodecError
 from monologue.agents.load import codec_for, load_policy
 from monologue.agents.policy import Policy
@@ -24,10 +23,11 @@ from monologue.backends.base import Sampling
 from monologue.graphs.oracle import Seat, oracle, scripted
 from monologue.graphs.registry import find
 from monologue.usage import UsageError
+from monologue.version import __version__
 
 
-def starter(role: str, graph: str) -> Path:
-    """The shipped checkpoint of a seat."""
+def starter(role: str, graph: str = "monologue") -> Path:
+    """The shipped checkpoint of a seat; ``starter("direct")`` is the one-shot rival."""
     from importlib.resources import files
 
     name = "direct" if graph == "direct" and role == "answerer" else role

@@ -22,7 +22,7 @@ GREEDY = Sampling(temperature=0.0)
 
 @pytest.fixture(scope="module")
 def seats() -> dict[str, Policy]:
-    return {role: load_policy(starter(role, "monologue"), role, sampling=GREEDY) for role in ("questioner", "answerer")}
+    return {role: load_policy(starter(role), role, sampling=GREEDY) for role in ("questioner", "answerer")}
 
 
 def test_the_shipped_policies_solve_more_than_a_guesser_and_their_trace_verifies(seats: dict[str, Policy], tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ HOT = Sampling(temperature=1.5, top_p=0.95)
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the starter policies, hot enough to say strange things."""
     run = tmp_path_factory.mktemp("replay") / "run"
-    seats = {role: load_policy(starter(role, "monologue"), role, sampling=HOT, policy_id=role) for role in ("questioner", "answerer")}
+    seats = {role: load_policy(starter(role), role, sampling=HOT, policy_id=role) for role in ("questioner", "answerer")}
     play("monologue", Shapes().problems("validation", 12), seats, run, progress=False)
     return run
 
@@ -83,7 +83,7 @@ def test_an_honest_run_holds_every_check(run: Path) -> None:
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), Sampling(temperature=0.7, top_k=3), Sampling(temperature=2.0, top_p=0.5)])
 def test_greedy_and_truncated_sampling_replay_too(tmp_path: Path, sampling: Sampling) -> None:
-    seats = {role: load_policy(starter(role, "monologue"), role, sampling=sampling) for role in ("questioner", "answerer")}
+    seats = {role: load_policy(starter(role), role, sampling=sampling) for role in ("questioner", "answerer")}
     play("monologue", Shapes().problems("validation", 6), seats, tmp_path / "run", progress=False)
     assert not broken(tmp_path / "run")
 
@@ -113,7 +113,7 @@ def test_log_probs_shifted_by_one_are_told_from_wrong_ones(run: Path) -> None:
 
 
 def test_text_that_was_edited_and_tokenised_again_is_named(run: Path) -> None:
-    engine = HFBackend(starter("questioner", "monologue"))
+    engine = HFBackend(starter("questioner"))
 
     def reword(records: list[dict[str, Any]]) -> str:
         for span in policy_spans(records):
@@ -145,7 +145,7 @@ def test_edited_prompts_are_named(run: Path) -> None:
 def test_swapped_weights_are_found_by_their_numbers(run: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    other = Path(shutil.copytree(starter("questioner", "monologue"), tmp_path / "other"))
+    other = Path(shutil.copytree(starter("questioner"), tmp_path / "other"))
     weights = load_file(other / "model.safetensors")
     name = next(name for name in weights if "norm" in name)
     weights[name] = weights[name] * 1.05
@@ -155,7 +155,7 @@ def test_swapped_weights_are_found_by_their_numbers(run: Path, tmp_path: Path) -
 
 
 def test_another_tokenizer_or_processor_is_found_before_any_number(run: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(starter("answerer", "monologue"), tmp_path / "other"))
+    other = Path(shutil.copytree(starter("answerer"), tmp_path / "other"))
     settings = json.loads((other / "preprocessor_config.json").read_text())
     settings["image_mean"] = [0.1, 0.1, 0.1]
     (other / "preprocessor_config.json").write_text(json.dumps(settings))
@@ -200,7 +200,7 @@ def test_weights_are_taken_from_the_runs_own_checkpoints(run: Path) -> None:
         return ""
 
     edit(run, later)
-    shutil.copytree(starter("questioner", "monologue"), run / "checkpoints" / "questioner" / "step-5")
+    shutil.copytree(starter("questioner"), run / "checkpoints" / "questioner" / "step-5")
     assert not broken(run)
 
 
@@ -243,7 +243,7 @@ def again(state: State, action: Any, context: Context) -> Step:
 
 
 def test_crops_and_many_pictures_in_one_stream_replay(tmp_path: Path) -> None:
-    engine = HFBackend(starter("answerer", "monologue"))
+    engine = HFBackend(starter("answerer"))
     room = engine.placeholders
     policy = Policy(
         engine, TinyCodec(engine.tokenizer, lambda picture: room(picture.image).count), Sampling(temperature=3.0, max_tokens=6), "eyes"

@@ -139,13 +139,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Dialogues of the starter policies, hot and truncated, of different lengths."""
     folder = tmp_path_factory.mktemp("rows") / "run"
     hot = Sampling(temperature=1.5, top_p=0.97)
-    seats = {role: load_policy(starter(role, "monologue"), role, sampling=hot) for role in ("questioner", "answerer")}
+    seats = {role: load_policy(starter(role), role, sampling=hot) for role in ("questioner", "answerer")}
     play("monologue", Shapes().problems("validation", 10), seats, folder, progress=False)
     return folder
 
 
 def opened(role: str, run: Path) -> tuple[Any, Inputs, Collate, list[Row]]:
-    checkpoint = open_checkpoint(str(starter(role, "monologue")), device="cpu", dtype=torch.float64)
+    checkpoint = open_checkpoint(str(starter(role)), device="cpu", dtype=torch.float64)
     inputs = Inputs(checkpoint)
     rows = [row for row in read_rows(run, roles=[role]) if len(row.pieces) > 1]
     return checkpoint.model.requires_grad_(True), inputs, Collate(inputs, RunReader(run).picture), rows
@@ -187,7 +187,7 @@ def test_the_trainer_sees_what_the_sampler_saw(run: Path, role: str) -> None:
 
 async def test_rows_and_the_engine_score_alike(run: Path) -> None:
     model, inputs, collate, rows = opened("answerer", run)
-    reader, engine = RunReader(run), HFBackend(starter("answerer", "monologue"))
+    reader, engine = RunReader(run), HFBackend(starter("answerer"))
     row = rows[0]
     with torch.no_grad():
         mine = sampled_logprobs(model, collate([row]), inputs.banned).tolist()

@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,44 +24,12 @@ from typing import Any
 import torch
 from torch import nn
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
+from monologue.training.recipe import RecipeError
 from monologue.training.starter import answerer, direct, questioner
 from monologue.training.starter.batches import Words
 from monologue.training.starter.fit import Curve, Stage, fit
 from monologue.training.starter.models import build_answerer, build_image_processor, build_questioner, build_tokenizer
 from monologue.training.starter.sight import Sight
-
-RECIPES = Path(__file__).parent.parent / "recipes"
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be read or followed."""
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """A recipe of ours by name, or a TOML file. Raises RecipeError."""
-    path = RECIPES / f"{name}.toml" if (RECIPES / f"{name}.toml").is_file() else Path(name)
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
-        raise RecipeError(f"no recipe {name!r}; give a TOML file or one of {known}")
-    try:
-        return tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{name!r} is no TOML recipe: {error}") from error
-
-
-def override(recipe: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """``key=value`` settings over top-level keys; values are TOML. Raises RecipeError for keys that the recipe does not have."""
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        if key not in recipe or not value:
-            raise RecipeError(f"expected KEY=VALUE with a key of {sorted(recipe)}, got {setting!r}")
-        recipe = {**recipe, **tomllib.loads(f"{key} = {value}")}
-    return recipe
 
 
 def choose(recipe: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
