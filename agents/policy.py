@@ -71,7 +71,9 @@ class Stream:
         codec = self.policy.codec
         new = codec.extend(messages, self._closed) if self.calls else codec.open(messages, tools)
         forced = codec.force(force) if force else ()
-        prompt = Prompt((*self.ids, *new, *forced), (*self.pictures, *(p for message in messages for p in message.pictures)))
+        prompt = Prompt(
+            (*self.ids, *new, *forced), (*self.pictures, *(p for message in messages for p in message.pictures)), str(self.seed)
+        )
         sampling = replace(self.policy.sampling, stop_ids=codec.stop_ids, seed=self._draw())
         generation = await self.policy.backend.generate(prompt, sampling)
         self.ids, self.pictures = prompt.ids + generation.ids, prompt.pictures
@@ -125,7 +127,7 @@ def _settings(sampling: Sampling, seed: int | None) -> dict[str, Any]:
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
-        "seed": sampling.seed if seed is None else seed,
+        "seed": seed,
         "max_tokens": sampling.max_tokens,
     }
 

@@ -105,6 +105,8 @@ class Prompt:
 
     ids: tuple[int, ...]
     pictures: tuple[Picture, ...] = ()
+    affinity: str = ""
+    """Prompts of one growing stream share it, so that servers can keep them together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,9 @@ class Generation:
     seconds: float = 0.0
     """Wall time inside the engine, queueing included."""
     seed: int | None = None
-    """The seed really used."""
+    """The seed really used; None where the engine honours none."""
+    weights: tuple[tuple[str, int, int], ...] = ()
+    """(version, first, end) of the sampled ids where the weights changed in the middle; empty where they did not."""
 
 
 @dataclass(frozen=True, slots=True)

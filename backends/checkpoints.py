@@ -52,18 +52,32 @@ class Checkpoint:
 
 def open_checkpoint(source: str, *, device: str, dtype: torch.dtype, local_files_only: bool = False) -> Checkpoint:
     """Model, tokenizer and image processor. Raises BackendError."""
-    where = {"trust_remote_code": False, "local_files_only": local_files_only}
     model = open_model(source, device=device, dtype=dtype, local_files_only=local_files_only)
+    tokenizer, processor = open_processors(source, model.config, local_files_only=local_files_only)
+    if processor is not None:
+        _check_sight(source, model, processor)
+    return Checkpoint(source, model, tokenizer, processor)
+
+
+def open_processors(source: str, config: Any, *, local_files_only: bool = False) -> tuple[PreTrainedTokenizerFast, Any | None]:
+    """Tokenizer, and image processor where the model sees; no weights. Raises BackendError."""
+    where = {"trust_remote_code": False, "local_files_only": local_files_only}
     with _one_sentence(source, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise BackendError(f"expected a fast tokenizer (tokenizer.json) in {source!r}, got {type(tokenizer).__name__}")
     processor = None
-    if getattr(model.config, "vision_config", None) is not None:
+    if getattr(config, "vision_config", None) is not None:
         with _one_sentence(source, "an image processor"):
             processor = _image_processors.from_pretrained(source, backend="pil", **where)
-        _check_sight(source, model, processor)
-    return Checkpoint(source, model, tokenizer, processor)
+    return tokenizer, processor
+
+
+def open_config(source: str, *, local_files_only: bool = False) -> Any:
+    """The model's configuration alone. Raises BackendError."""
+    _check_place(source)
+    with _one_sentence(source, "a model configuration"):
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local_files_only)
 
 
 def open_model(source: str, *, device: str, dtype: torch.dtype, local_files_only: bool = False) -> Any:

@@ -10,6 +10,7 @@ Shapes: L ids, P position axes (1, or 3 for M-RoPE), N patches of all pictures.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL.Image import Image, new
@@ -20,20 +21,18 @@ from monologue.backends.checkpoints import Checkpoint, processor_hash
 from monologue.backends.pictures import Placeholders
 
 
-class Inputs:
-    """Prepares ids and pictures for one checkpoint."""
+class Eyes:
+    """What a model's configuration and image processor say about pictures; needs no weights, so clients of servers have it too."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._model, self._processor, self._source = checkpoint.model, checkpoint.image_processor, checkpoint.source
-        config = self._model.config
+    def __init__(self, config: Any, processor: Any | None, source: str) -> None:
+        self._processor, self._source = processor, source
         video = getattr(config, "video_token_id", None)
-        self.sees = self._processor is not None
+        self.sees = processor is not None
         """Takes pictures."""
-        self.processor_hash = processor_hash(self._processor)
+        self.processor_hash = processor_hash(processor)
         self.image_token_id: int | None = getattr(config, "image_token_id", None) if self.sees else None
         self.banned: tuple[int, ...] = tuple(sorted({i for i in (self.image_token_id, video) if self.sees and i is not None}))
         """Ids that are never sampled: a placeholder without its picture breaks the next prompt."""
-        self.vocabulary = int(self._model.get_input_embeddings().num_embeddings)
         self._rooms: dict[tuple[int, int], Placeholders] = {}
 
     def placeholders(self, image: Image) -> Placeholders:
@@ -55,6 +54,15 @@ class Inputs:
         assert self._processor is not None
         found = self._processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
         return found["pixel_values"], found["image_grid_thw"]
+
+
+class Inputs(Eyes):
+    """Prepares ids and pictures for one checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint.model.config, checkpoint.image_processor, checkpoint.source)
+        self._model = checkpoint.model
+        self.vocabulary = int(self._model.get_input_embeddings().num_embeddings)
 
     def positions(self, ids: Sequence[int], grids: Tensor | None) -> Tensor:
         """(1, L) for text models; (3, L) for M-RoPE, from the model itself where there are pictures."""

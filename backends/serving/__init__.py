@@ -1,0 +1,1 @@
+"""Starting real SGLang servers with the flags that this project needs."""

@@ -1,0 +1,119 @@
+"""JSON over HTTP to a policy server: deadlines, bounded retries with jitter on what can be retried, errors that name server and request.
+
+Everything runs on an event loop of its own in a background thread, so an engine serves callers on any loop, one after another or at once,
+and its connections outlive each of them. A caller that is cancelled cancels its request here.
+
+    connection lost, refused, cut off; 502, 503, 504     BackendUnavailable, tried again
+    other 5xx                                            BackendError (the server choked on this very request; it would again)
+    no answer in time                                    BackendTimeout, not tried again: the deadline is the caller's whole patience
+    4xx                                                  RequestRefused
+    an answer that is no JSON object                     BackendError
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from monologue.backends.base import BackendError, BackendTimeout, BackendUnavailable, RequestRefused
+
+T = TypeVar("T")
+PASSING = (502, 503, 504)
+FIRST_WAIT, LONGEST_WAIT = 0.1, 5.0
+"""Seconds before the first retry, and at most."""
+
+
+class Loop:
+    """An event loop in a thread."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        self._loop.close()
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Runs it there; for callers that wait without a loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs it there and waits for it here."""
+        return await asyncio.wrap_future(self.submit(coroutine))
+
+    def stop(self) -> None:
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+
+
+class Wire:
+    """Requests to one server, at most ``limit`` at once."""
+
+    def __init__(self, url: str, *, limit: int, attempts: int) -> None:
+        import httpx
+
+        self.url, self._attempts = url.rstrip("/"), attempts
+        pool = httpx.Limits(max_connections=limit + 4, max_keepalive_connections=limit + 4)
+        self._client = httpx.AsyncClient(base_url=self.url, limits=pool, timeout=None, trust_env=False)
+        self._places = asyncio.Semaphore(limit)
+        self.retried = 0
+        """Requests that were sent again."""
+
+    async def get(self, path: str, *, timeout: float) -> dict[str, Any]:
+        """The JSON object at ``path``. Raises BackendError."""
+        return await self._often("GET", path, None, timeout, path)
+
+    async def post(self, path: str, body: Any, *, timeout: float, name: str = "", attempts: int | None = None) -> dict[str, Any]:
+        """The JSON object that answers ``body``; ``name`` is what errors call the request. Raises BackendError."""
+        return await self._often("POST", path, body, timeout, name or path, attempts)
+
+    async def _often(self, method: str, path: str, body: Any, timeout: float, name: str, attempts: int | None = None) -> dict[str, Any]:
+        deadline, attempts = time.monotonic() + timeout, attempts or self._attempts
+        for attempt in range(attempts):
+            try:
+                async with self._places:
+                    return await self._once(method, path, body, deadline - time.monotonic(), name)
+            except BackendUnavailable as error:
+                wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.5)
+                if attempt + 1 == attempts or time.monotonic() + wait >= deadline:
+                    raise BackendUnavailable(f"{error}; tried {attempt + 1} times") from error
+                self.retried += 1
+                await asyncio.sleep(wait)
+        raise AssertionError("unreachable")
+
+    async def _once(self, method: str, path: str, body: Any, timeout: float, name: str) -> dict[str, Any]:
+        import httpx
+
+        try:
+            answer = await asyncio.wait_for(self._client.request(method, path, json=body), max(timeout, 0.001))
+        except asyncio.TimeoutError as error:
+            raise BackendTimeout(f"the server {self.url} did not answer {name} within its deadline") from error
+        except httpx.HTTPError as error:
+            raise BackendUnavailable(
+                f"the server {self.url} cannot be reached for {name}: {type(error).__name__} {error}".rstrip()
+            ) from error
+        if answer.status_code in PASSING:
+            raise BackendUnavailable(f"the server {self.url} answered {name} with {answer.status_code}: {answer.text[:300]!r}")
+        if answer.status_code >= 500:
+            raise BackendError(f"the server {self.url} failed on {name} with {answer.status_code}: {answer.text[:300]!r}")
+        if answer.status_code >= 400:
+            raise RequestRefused(f"the server {self.url} refused {name} with {answer.status_code}: {answer.text[:300]!r}")
+        try:
+            found = answer.json() if answer.content else {}
+        except ValueError as error:
+            raise BackendError(f"expected JSON from {self.url} for {name}, got {answer.text[:100]!r}") from error
+        if not isinstance(found, dict):
+            raise BackendError(f"expected a JSON object from {self.url} for {name}, got {type(found).__name__} {answer.text[:100]!r}")
+        return found
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
