@@ -7,7 +7,8 @@ ROOMS := agents backends graphs tasks traces training
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-real check links figures clean
+# make test-real  the tests against real SGLang, Chromium, Phoenix ...
+.PHONY: demo test test-real test-sglang check links figures clean
 
 .venv/installed: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv .venv
@@ -26,8 +27,12 @@ demo: .venv/installed
 test: .venv/dev
 	$(BIN)/python -m pytest -q
 
-# Real servers and browsers arrive with the parts that need them; each installs itself by its own script.
-test-real: test
+# Against real programs; each is installed by its own script into an environment of its own.
+test-real: test test-sglang
+
+test-sglang: .venv/dev
+	tests_real/install_sglang.sh
+	$(BIN)/python -m pytest -q tests_real/test_sglang.py
 
 links:
 	@mkdir -p .links/monologue

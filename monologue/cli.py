@@ -1,4 +1,4 @@
-"""The command line: ``monologue play | eval | verify | view | train | tasks``.
+"""The command line: ``monologue play | eval | verify | view | serve | train | tasks``.
 
 Exit codes: 0 all went well; 1 some episodes failed, or a check did not hold; 2 bad use (one sentence says what was expected);
 130 stopped by Ctrl-C, with every finished episode kept. Errors that are nobody's fault but ours show their traceback.
@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     _eval(verbs.add_parser("eval", help="accuracy of graphs on held-out problems, with standard errors and controls"))
     _verify(verbs.add_parser("verify", help="check that a run is complete and consistent"))
     _view(verbs.add_parser("view", help="look at a run in the terminal"))
+    _serve(verbs.add_parser("serve", help="start SGLang servers for the policies"))
     _train(verbs.add_parser("train", help="train a policy from a recipe"))
     _tasks(verbs.add_parser("tasks", help="list tasks, or show some problems of one"))
     return top
@@ -42,7 +43,12 @@ def _seats(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--answerer", default="starter", metavar="MODEL", help="'starter', 'oracle', or a folder or name of a Hugging Face VLM"
     )
-    command.add_argument("--backend", default="transformers", choices=commands.BACKENDS, help="scripted: no model, plays the oracle")
+    command.add_argument(
+        "--backend",
+        default="transformers",
+        choices=commands.BACKENDS,
+        help="engine that runs the policies; scripted: no model, plays the oracle",
+    )
     command.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     command.add_argument("--top-p", type=float, default=1.0)
     command.add_argument("--max-tokens", type=int, default=64, help="sampled tokens per turn at most")
@@ -99,6 +105,21 @@ def _view(command: argparse.ArgumentParser) -> None:
     command.add_argument("--episode", metavar="ID", help="episode id or the beginning of one (default: list the episodes)")
     command.add_argument("--svg", type=Path, metavar="FILE", help="with --episode: also write what is shown as a picture")
     command.set_defaults(run=commands.view)
+
+
+def _serve(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--questioner", default="starter", metavar="MODEL", help="'starter', a folder or Hub name, or 'none'")
+    command.add_argument("--answerer", default="starter", metavar="MODEL", help="'starter', a folder or Hub name, or 'none'")
+    command.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    command.add_argument("--dtype", default="", help="default: bfloat16 on a GPU, float32 on a CPU")
+    command.add_argument("--python", default=sys.executable, metavar="FILE", help="the Python in which sglang is installed")
+    command.add_argument("--port", type=int, metavar="N", help="of the first server; the second has the next one (default: free ones)")
+    command.add_argument(
+        "--flag", action="append", default=[], metavar="TEXT", help="a further flag of sglang.launch_server, e.g. --flag=--tp=2"
+    )
+    command.add_argument("--logs", type=Path, default=Path("runs/serve"), metavar="DIR")
+    command.add_argument("--wait", type=float, default=600.0, metavar="SECONDS", help="for a server to answer")
+    command.set_defaults(run=commands.serve)
 
 
 def _train(command: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 ``--backend scripted`` lets the problem's own program speak through the scripted engine, without any model. With ``transformers``,
 ``starter`` means the checkpoint that ships for that seat and graph: the pair for a dialogue, the one-shot rival for ``direct``;
 ``oracle`` plays the problem's program in that checkpoint's own tokens; anything else is a folder or a Hub name. One engine is loaded
-per checkpoint, however many seats it takes.
+per checkpoint, however many seats it takes. An address is a policy on SGLang servers; several, with commas, share its episodes.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ def seats(graph: str, options: argparse.Namespace) -> Iterator[Mapping[str, Seat
     taken: dict[str, Seat] = {}
     for role in find(graph).roles:
         wanted = getattr(options, role)
+        if options.backend == "sglang" or wanted.startswith(("http://", "https://")):
+            taken[role] = loaded[wanted] = _served(wanted, role, sampling)
+            continue
         source = str(starter(role, graph)) if wanted in ("starter", "oracle") else wanted
         if source not in loaded:
             name = f"starter-{Path(source).name}" if wanted in ("starter", "oracle") else ""
@@ -71,6 +74,17 @@ def _scripted(role: str, options: argparse.Namespace) -> Seat:
     if getattr(options, role) not in ("starter", "oracle"):
         raise UsageError(f"--backend scripted plays the problem's own program and takes no --{role}, got {getattr(options, role)!r}")
     return scripted(f"scripted-{role}")
+
+
+def _served(endpoints: str, role: str, sampling: Sampling) -> Policy:
+    """A policy on SGLang servers, named by their addresses with commas between them."""
+    if not endpoints.startswith(("http://", "https://")):
+        raise UsageError(f"--backend sglang takes the servers' addresses, --{role} http://HOST:PORT[,http://...], got {endpoints!r}")
+    from monologue.agents.load import seat
+    from monologue.backends.sglang import SGLangBackend
+
+    engine = SGLangBackend(*endpoints.split(","))
+    return seat(engine, role, sampling, f"{role}-{Path(engine.facts.model).name}")
 
 
 def _oracle(policy: Policy, role: str) -> Seat:

@@ -72,6 +72,7 @@ def build_answerer(seed: int, tokenizer: PreTrainedTokenizerFast, layers: int = 
         vision_config={
             **{"depth": 2, "embed_dim": 96, "num_heads": 4, "mlp_ratio": 2, "hidden_size": WIDTH},
             **{"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3},
+            "in_chans": 3,  # the name under which SGLang looks for it
         },
         image_token_id=word("<|image_pad|>"),
         video_token_id=word("<|video_pad|>"),
