@@ -16,6 +16,7 @@ from monologue.agents.codec import Codec, CodecError, TinyCodec, VisualTokens
 from monologue.agents.policy import Policy
 from monologue.backends.base import Backend, BackendError, Sampling
 from monologue.backends.pictures import Placeholders
+from monologue.backends.places import short
 
 
 class Eyes(Protocol):
@@ -42,13 +43,18 @@ def codec_for(tokenizer: Any, eyes: Eyes | None = None) -> Codec:
     raise CodecError("the tokenizer has neither a <look> token (starter policies) nor a chat template; no codec fits it")
 
 
+def check_role(backend: Backend, role: str) -> None:
+    """Raises CodecError where an engine cannot take a seat."""
+    if role == "answerer" and not backend.facts.sees:
+        raise CodecError(f"the answerer must see, but {backend.facts.model!r} is a text-only model; seat a vision-language model")
+
+
 def seat(backend: Backend, role: str, sampling: Sampling | None = None, policy_id: str = "", trainable: bool = True) -> Policy:
     """A policy of any engine that carries its ``tokenizer``; an answerer must see. Raises CodecError."""
     tokenizer = getattr(backend, "tokenizer", None)
     if tokenizer is None:
         raise CodecError(f"the engine {backend.facts.engine!r} carries no tokenizer; build a Policy with a codec of your own")
-    if role == "answerer" and not backend.facts.sees:
-        raise CodecError(f"the answerer must see, but {backend.facts.model!r} is a text-only model; seat a vision-language model")
+    check_role(backend, role)
     eyes: Any = backend if backend.facts.sees else None
     return Policy(backend, codec_for(tokenizer, eyes), sampling or Sampling(), policy_id or backend.facts.model, trainable)
 
@@ -70,4 +76,4 @@ def load_policy(
             raise
         raise BackendError(f"running a model in this process needs {error.name}; pip install 'monologue[train]'") from error
 
-    return seat(HFBackend(source, **engine), role, sampling, policy_id or Path(source).name, trainable)
+    return seat(HFBackend(source, **engine), role, sampling, policy_id or short(source), trainable)

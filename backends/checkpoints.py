@@ -29,6 +29,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from monologue.backends.base import BackendError
+from monologue.backends.places import UNKNOWN, fingerprint, place, portable
 
 _logging: Any = transformers_logging
 _image_processors: Any = AutoImageProcessor
@@ -48,6 +49,8 @@ class Checkpoint:
     """Its tokenizer, chat template included."""
     image_processor: Any | None
     """Its image processor (PIL, so that every machine computes the same pixels); None for a text-only model."""
+    version: str = UNKNOWN
+    """Version of the weights, by content."""
 
 
 def open_checkpoint(source: str, *, device: str, dtype: torch.dtype, local_files_only: bool = False) -> Checkpoint:
@@ -56,12 +59,12 @@ def open_checkpoint(source: str, *, device: str, dtype: torch.dtype, local_files
     tokenizer, processor = open_processors(source, model.config, local_files_only=local_files_only)
     if processor is not None:
         _check_sight(source, model, processor)
-    return Checkpoint(source, model, tokenizer, processor)
+    return Checkpoint(portable(source), model, tokenizer, processor, fingerprint(source, model.config))
 
 
 def open_processors(source: str, config: Any, *, local_files_only: bool = False) -> tuple[PreTrainedTokenizerFast, Any | None]:
     """Tokenizer, and image processor where the model sees; no weights. Raises BackendError."""
-    where = {"trust_remote_code": False, "local_files_only": local_files_only}
+    source, where = place(source), {"trust_remote_code": False, "local_files_only": local_files_only}
     with _one_sentence(source, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -75,6 +78,7 @@ def open_processors(source: str, config: Any, *, local_files_only: bool = False)
 
 def open_config(source: str, *, local_files_only: bool = False) -> Any:
     """The model's configuration alone. Raises BackendError."""
+    source = place(source)
     _check_place(source)
     with _one_sentence(source, "a model configuration"):
         return AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local_files_only)
@@ -82,6 +86,7 @@ def open_config(source: str, *, local_files_only: bool = False) -> Any:
 
 def open_model(source: str, *, device: str, dtype: torch.dtype, local_files_only: bool = False) -> Any:
     """The model alone, every weight found."""
+    source = place(source)
     _check_place(source)
     where = {"trust_remote_code": False, "local_files_only": local_files_only}
     with _one_sentence(source, "a model with safetensors weights"):
@@ -116,6 +121,8 @@ def _plain(facts: dict[str, Any]) -> dict[str, Any]:
 
 def _check_place(source: str) -> None:
     folder = Path(source)
+    if len(source) > 255 and "/" not in source:
+        raise BackendError(f"expected a model folder or the name of a model on the Hub, got a name of {len(source)} characters")
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file():
             raise BackendError(f"expected full weights in {source!r}, got an adapter; merge it into its model first")

@@ -59,13 +59,15 @@ _Tickets: TypeAlias = "list[Ticket[Any, Any]]"
 
 
 class HFBackend:
-    """Runs one model. ``source`` is a folder, a Hub name, or a checkpoint that is open already."""
+    """Runs one model. ``source`` is a folder, a Hub name, ``starter:NAME``, or a checkpoint that is open already; ``version`` names its
+    weights (default: by content).
+    """
 
     def __init__(
         self,
         source: str | Path | Checkpoint,
         *,
-        version: str = "base",
+        version: str | None = None,
         device: str = "cpu",
         dtype: str = "float32",
         threads: int | None = 1,
@@ -84,7 +86,7 @@ class HFBackend:
         self.tokenizer = source.tokenizer
         self.processor_hash, self.image_token_id = self._inputs.processor_hash, self._inputs.image_token_id
         self._decoder, self._threads = Decoder(self._model, self._inputs.banned), threads
-        self._facts = self._describe(source.source, version)
+        self._facts = self._describe(source.source, version or source.version)
         self._batcher: Batcher[_Job, Any] = Batcher(
             self._run,
             name=f"the transformers engine of {source.source!r}",

@@ -44,6 +44,7 @@ from monologue.backends.base import (
 from monologue.backends.checkpoints import open_config, open_processors
 from monologue.backends.inputs import Eyes
 from monologue.backends.pictures import Placeholders, locate
+from monologue.backends.places import UNKNOWN, portable
 from monologue.backends.tokens import template_hash, tokenizer_hash
 from monologue.backends.wire import Loop, Wire
 from monologue.traces.images import png_bytes
@@ -91,16 +92,16 @@ class SGLangBackend:
             told = [self._loop.submit(_describe(wire, connect_timeout)).result() for wire in self._wires]
             self.server = told[0]
             self._agree(told)
-            place = source or str(self.server["model_path"])
-            config = open_config(place)
-            self.tokenizer, processor = open_processors(place, config)
+            name = portable(source or str(self.server["model_path"]))
+            config = open_config(name)
+            self.tokenizer, processor = open_processors(name, config)
         except BaseException:
             self._loop.stop()
             raise
-        self._eyes = Eyes(config, processor, place)
+        self._eyes = Eyes(config, processor, name)
         self.processor_hash, self.image_token_id = self._eyes.processor_hash, self._eyes.image_token_id
         self._vocabulary = int(config.get_text_config().vocab_size)
-        self._facts = self._describe(place)
+        self._facts = self._describe(name)
         self._reload = asyncio.Lock()
         self.reloads = 0
         """How often a server had to be given its weights back."""
@@ -281,10 +282,10 @@ class SGLangBackend:
         if len(models) > 1:
             raise BackendError(f"expected servers of one model, got {sorted(models)!r}")
 
-    def _describe(self, place: str) -> Facts:
+    def _describe(self, name: str) -> Facts:
         server = self.server
         return Facts(
-            model=place,
+            model=name,
             engine="sglang",
             engine_version=str(server.get("version", "unknown")),
             weights_version=_version(server.get("weight_version")),
@@ -356,7 +357,7 @@ def _logprobs(meta: dict[str, Any], ids: tuple[int, ...], truncated: bool) -> tu
 
 def _version(name: object) -> str:
     """The server's name for the weights that it was started with is ``default``; ours is ``base``."""
-    return "base" if name in (None, "default") else str(name)
+    return UNKNOWN if name in (None, "default") else str(name)
 
 
 def _weights(meta: dict[str, Any]) -> tuple[tuple[str, int, int], ...]:

@@ -168,12 +168,13 @@ async def aplay(
     _check(chosen, seats, control, samples, concurrency, max_turns)
     problems = list(problems) if control else problems
     settings = {
+        **(config or {}),
         "graph": chosen.name,
         "samples": samples,
         "seed": seed,
         "max_turns": max_turns,
         "control": control,
-        **(config or {}),
+        "seats": {role: _named(seats[role]) for role in chosen.roles},
     }
     pairs = partners(problems, seed) if isinstance(problems, list) and control else {}
     for partner in pairs.values():
@@ -196,6 +197,13 @@ async def aplay(
         if writer is not run:
             writer.close()
     return summary
+
+
+def _named(seat: Seat) -> str:
+    """The policy in a seat and its weights, as run.json knows them."""
+    if not isinstance(seat, Policy):
+        return "oracle"
+    return f"{seat.policy_id}@{seat.backend.facts.weights_version}"
 
 
 def _check(graph: Graph, seats: Mapping[str, Seat], control: str | None, samples: int, concurrency: int, max_turns: int) -> None:

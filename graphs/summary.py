@@ -13,7 +13,7 @@ from monologue.tasks.base import Problem, Score, summarize
 from monologue.traces.store import Episode, RunReader, RunWriter
 
 FIXED = (
-    *("graph", "seed", "max_turns", "control"),
+    *("graph", "seed", "max_turns", "control", "seats"),
     *("task", "split", "families", "questioner", "answerer", "temperature", "top_p", "max_tokens"),
 )
 """Settings that may not change when a run is resumed."""

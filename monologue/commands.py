@@ -108,7 +108,7 @@ def report(summary: Summary, out: Path, options: argparse.Namespace) -> None:
     scored = [episode for episode in summary.episodes if episode.score is not None]
     if scored:
         score = summary.score()
-        console.print(f"accuracy {score.accuracy:.3f} ± {score.stderr:.3f}  (n = {score.n}, chance {score.chance:.3f})")
+        console.print(f"accuracy {score}  (n = {score.n}, chance {score.chance:.3f})")
     elif summary.ok:
         for episode in summary.episodes:
             answer = "no answer within its budget" if episode.answer is None else episode.answer

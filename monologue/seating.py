@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from monologue.agents.codec import CodecError
-from monologue.agents.load import codec_for, load_policy
+from monologue.agents.load import check_role, codec_for, load_policy
 from monologue.agents.policy import Policy
 from monologue.backends.base import Sampling
+from monologue.backends.places import STARTERS, portable, short
 from monologue.graphs.oracle import Seat, oracle, scripted
 from monologue.graphs.registry import find
 from monologue.usage import UsageError
@@ -28,10 +29,7 @@ from monologue.version import __version__
 
 def starter(role: str, graph: str = "monologue") -> Path:
     """The shipped checkpoint of a seat; ``starter("direct")`` is the one-shot rival."""
-    from importlib.resources import files
-
-    name = "direct" if graph == "direct" and role == "answerer" else role
-    return Path(str(files("monologue.backends"))) / "starter" / name
+    return STARTERS / ("direct" if graph == "direct" and role == "answerer" else role)
 
 
 def config_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -58,11 +56,12 @@ def seats(graph: str, options: argparse.Namespace) -> Iterator[Mapping[str, Seat
         if options.backend == "sglang" or wanted.startswith(("http://", "https://")):
             taken[role] = loaded[wanted] = _served(wanted, role, sampling)
             continue
-        source = str(starter(role, graph)) if wanted in ("starter", "oracle") else wanted
+        source = portable(starter(role, graph) if wanted in ("starter", "oracle") else wanted)
         if source not in loaded:
-            name = f"starter-{Path(source).name}" if wanted in ("starter", "oracle") else ""
-            loaded[source] = load_policy(source, role, sampling=sampling, policy_id=name)
+            taken_names = {policy.policy_id for policy in loaded.values()}
+            loaded[source] = load_policy(source, role, sampling=sampling, policy_id=source if short(source) in taken_names else "")
         policy = loaded[source]
+        check_role(policy.backend, role)
         taken[role] = _oracle(policy, role) if wanted == "oracle" else policy
     try:
         yield taken

@@ -80,8 +80,13 @@ class Score:
 
     n: int
     accuracy: float
-    stderr: float
+    stderr: float | None
+    """None where one problem says nothing about the spread."""
     chance: float
+
+    def __str__(self) -> str:
+        error = "no error bar at n = 1" if self.stderr is None else f"{self.stderr:.3f}"
+        return f"{self.accuracy:.3f} ± {error}"
 
 
 def summarize(scores: Sequence[float], chances: Sequence[float]) -> Score:
@@ -90,8 +95,8 @@ def summarize(scores: Sequence[float], chances: Sequence[float]) -> Score:
         raise ValueError("no scores to summarize; expected at least one")
     n = len(scores)
     mean = math.fsum(scores) / n
-    spread = math.fsum((score - mean) ** 2 for score in scores) / max(n - 1, 1)
-    return Score(n, mean, math.sqrt(spread / n), math.fsum(chances) / n)
+    spread = math.fsum((score - mean) ** 2 for score in scores) / (n - 1) if n > 1 else None
+    return Score(n, mean, None if spread is None else math.sqrt(spread / n), math.fsum(chances) / n)
 
 
 def by_family(problems: Sequence[Problem], scores: Sequence[float]) -> dict[str, Score]:

@@ -32,7 +32,9 @@ def own_problem(picture: Callable[[], Image], question: str, choices: Sequence[s
         raise TaskError(f"choices must differ; {', '.join(map(repr, twice))} is given more than once")
     if len(choices) < 2:
         raise TaskError(f"one choice, {choices[0]!r}, leaves nothing to choose; give two or more")
-    key = hashlib.sha256("\n".join((question, *choices)).encode()).hexdigest()[:12]
+    image = picture()
+    pixels = hashlib.sha256(image.tobytes()).hexdigest()
+    key = hashlib.sha256("\n".join((question, *choices, f"{image.size}", pixels)).encode()).hexdigest()[:12]
     return Problem(f"own/{key}", "own", question, choices, None, (picture,), family="own")
 
 
@@ -41,6 +43,6 @@ def _check_text(name: str, text: str) -> None:
         raise TaskError(f"the {name} is empty; write what is to be asked")
     if len(text) > LONGEST:
         raise TaskError(f"the {name} has {len(text)} characters; the longest allowed is {LONGEST}")
-    bad = sorted({f"U+{ord(c):04X}" for c in text if unicodedata.category(c) == "Cc"})
+    bad = sorted({f"U+{ord(c):04X}" for c in text if unicodedata.category(c) in ("Cc", "Cs")})
     if bad:
-        raise TaskError(f"the {name} holds control characters ({', '.join(bad)}); write plain text on one line")
+        raise TaskError(f"the {name} holds control characters or broken ones ({', '.join(bad)}); write plain text on one line")

@@ -151,7 +151,7 @@ def test_swapped_weights_are_found_by_their_numbers(run: Path, tmp_path: Path) -
     weights[name] = weights[name] * 1.05
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     found = broken(run, engines=Weights(run, {"questioner": str(other)}))
-    assert set(found) == {"replay questioner"}
+    assert set(found) == {"facts", "replay questioner"} and "now holds" in (found["facts"].detail or "")
 
 
 def test_another_tokenizer_or_processor_is_found_before_any_number(run: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 LARGEST_FILE = 20 * 2**20
@@ -39,8 +39,15 @@ class Picture:
 def open_picture(path: str | Path) -> Image.Image:
     """An RGB picture from a file. Raises PictureError for anything else."""
     path = Path(path)
-    if not path.exists():
-        raise PictureError(f"expected a picture file, but {str(path)!r} does not exist")
+    try:
+        if not path.exists():
+            raise PictureError(f"expected a picture file, but {str(path)!r} does not exist")
+        return _opened(path)
+    except OSError as error:
+        raise PictureError(f"expected a picture file, but {str(path)[:200]!r} cannot be read: {error.strerror}") from error
+
+
+def _opened(path: Path) -> Image.Image:
     if not path.is_file():
         raise PictureError(f"expected a picture file, but {str(path)!r} is a folder or device; name one picture")
     size = path.stat().st_size
@@ -63,7 +70,7 @@ def decode(data: bytes, name: str) -> Image.Image:
                         f"expected at most {limit} million pixels, but {name} has {image.width} x {image.height}; scale it down"
                     )
                 image.load()
-                return image.convert("RGB")
+                return upright(image)
     except Image.DecompressionBombError as error:
         raise PictureError(f"expected at most {MOST_PIXELS // 1_000_000} million pixels, but {name} has far more; scale it down") from error
     except UnidentifiedImageError as error:
@@ -72,6 +79,18 @@ def decode(data: bytes, name: str) -> Image.Image:
         if isinstance(error, PictureError):
             raise
         raise PictureError(f"expected a whole picture, but {name} is truncated or damaged ({error}); save it anew") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """As a person sees it, in RGB: turned as its EXIF data say, transparency on white, sixteen bits scaled to eight."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        return image.point(lambda value: value / 256).convert("L").convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        seen = image.convert("RGBA")
+        ground = Image.new("RGBA", seen.size, "white")
+        return Image.alpha_composite(ground, seen).convert("RGB")
+    return image.convert("RGB")
 
 
 def png_bytes(image: Image.Image) -> bytes:

@@ -22,8 +22,9 @@ COLOURS = {"questioner": "cyan", "answerer": "green"}
 
 
 def half_blocks(image: Image.Image, width: int = 42) -> Text:
-    """A picture as coloured half blocks: two pixels a character, ``width`` characters wide."""
-    rows = max(2, round(width * image.height / image.width))
+    """A picture as coloured half blocks: two pixels a character, at most ``width`` characters wide and as many pixels high."""
+    width = max(1, min(width, round(width * image.width / image.height)))
+    rows = max(2, min(round(width * image.height / image.width), 2 * width if width > 1 else 42))
     small = image.convert("RGB").resize((width, rows + rows % 2), Image.Resampling.BOX)
     text = Text()
     for y in range(0, small.height, 2):

@@ -40,6 +40,7 @@ class Shapes:
         if unknown or not families:
             raise TaskError(f"unknown question families {unknown!r}; choose from {', '.join(FAMILIES)}")
         self.families = tuple(families)
+        self._world = "shapes" if self.families == tuple(FAMILIES) else f"shapes[{'+'.join(self.families)}]"
 
     def problems(self, split: str, n: int | None = None, seed: int = 0) -> Iterator[Problem]:
         """The first ``n`` problems; endless where n is None. Families take turns."""
@@ -53,7 +54,7 @@ class Shapes:
         draft = FAMILIES[family](rng, WORLDS[split])
         scene, outcome = find_scene(rng, draft, WORLDS[split])
         return Problem(
-            id=f"shapes/{split}/{seed}/{index}",
+            id=f"{self._world}/{split}/{seed}/{index}",
             task=self.name,
             question=draft.question,
             choices=draft.choices,

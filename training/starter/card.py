@@ -7,9 +7,10 @@ hand. A test holds the shipped page to what this makes.
 from __future__ import annotations
 
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from monologue.backends.places import STARTERS
 
 POLICIES = ("questioner", "answerer", "direct")
 ABOUT = {
@@ -32,7 +33,7 @@ WIDTH, HEIGHT, MARGIN = 720, 300, 46
 
 def home() -> Path:
     """Where the shipped checkpoints lie."""
-    return Path(str(files("monologue.backends"))) / "starter"
+    return STARTERS
 
 
 def read_curve(folder: Path) -> list[dict[str, Any]]:
