@@ -15,7 +15,6 @@ of killed processes, which are no records and are counted; protobuf, since JSON 
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import math
 import os
@@ -23,49 +22,23 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from monologue.traces import names
 from monologue.traces.images import digest
 from monologue.traces.schema import SCHEMA_VERSION, Annotation, Attribute, EpisodeEnd, EpisodeStart, Record, SpanEvent, SpanRecord
+from monologue.traces.spans import PROJECT, Span, evaluation, root_span, step_span
 from monologue.traces.store import Line, RunError, parse_line, read_info
 
 FORMAT = 1
-PROJECT = "openinference.project.name"
 HEADER, FILES, RUN_JSON = "monologue.export.format", "monologue.export.files", "monologue.export.run"
 PICTURE, PNG, TRAILER = "monologue.export.picture", "monologue.export.png", "monologue.export.end"
 FILE, LINE, SEQ, KIND, EPISODE = (f"monologue.record.{name}" for name in ("file", "line", "seq", "kind", "episode_id"))
 OWN, RECORD = "monologue.record.attributes", "monologue.record"
-ENDED, EVALUATED = "monologue.episode_end", "gen_ai.evaluation.result"
+ENDED = "monologue.episode_end"
 NAME = re.compile(r"(spans|annotations)/[A-Za-z0-9][A-Za-z0-9._-]*\.jsonl")
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A span as any exporter needs it."""
-
-    name: str
-    """Its OpenTelemetry name."""
-    trace_id: str
-    """32 hex digits."""
-    span_id: str
-    """16 hex digits."""
-    parent_id: str
-    """16 hex digits; empty for a root."""
-    client: bool
-    """It calls a model."""
-    start_ns: int
-    """Nanoseconds since 1970."""
-    end_ns: int
-    """Nanoseconds since 1970."""
-    error: str | None
-    """What went wrong; None: nothing."""
-    attributes: Mapping[str, Attribute]
-    """Facts."""
-    events: tuple[SpanEvent, ...] = ()
-    """Moments."""
 
 
 @dataclass(slots=True)
@@ -82,73 +55,6 @@ class Counts:
     """Torn last lines that were left out."""
     reformatted: int = 0
     """Lines that another program had written with other spacing: equal as records, not as bytes."""
-
-
-def root_span(start: EpisodeStart, end: EpisodeEnd | None, notes: Iterable[Annotation]) -> Span:
-    """An episode as the span that its steps hang under; what was said about it are events."""
-    facts: dict[str, Attribute | None] = {
-        names.KIND: "episode",
-        names.VERSION: start.schema_version,
-        names.RUN: start.run_id,
-        names.EPISODE: start.episode_id,
-        names.CONVERSATION: start.episode_id,
-        names.GROUP: start.group_id,
-        names.SAMPLE: start.sample_index,
-        names.ATTEMPT: start.attempt,
-        names.OPERATION: "invoke_agent",
-        names.AGENT: start.graph,
-        names.INPUT_MESSAGES: _said("user", start.question, start.choices) if start.question else None,
-        names.OUTPUT_MESSAGES: _said("assistant", end.answer) if end and end.answer is not None else None,
-    }
-    broken = None if end is None or end.status == "ok" else end.error or end.status
-    return Span(
-        name=f"invoke_agent {start.graph}",
-        trace_id=start.episode_id,
-        span_id=start.root_span_id,
-        parent_id="",
-        client=False,
-        start_ns=start.started_ns,
-        end_ns=max(start.started_ns, end.ended_ns) if end else start.started_ns,
-        error=broken,
-        attributes={name: value for name, value in facts.items() if value is not None},
-        events=tuple(evaluation(note) for note in notes),
-    )
-
-
-def step_span(span: SpanRecord) -> Span:
-    """A step as a span."""
-    return Span(
-        name=span.name,
-        trace_id=span.trace_id,
-        span_id=span.span_id,
-        parent_id=span.parent_id,
-        client=span.kind == "policy",
-        start_ns=span.start_ns,
-        end_ns=span.end_ns,
-        error=str(span.attributes.get(names.ERROR, "error")) if span.status == "error" else None,
-        attributes=span.attributes,
-        events=span.events,
-    )
-
-
-def evaluation(note: Annotation) -> SpanEvent:
-    """An annotation as the conventions have it."""
-    facts: dict[str, Attribute | None] = {
-        "gen_ai.evaluation.name": note.name,
-        "gen_ai.evaluation.score.value": note.value,
-        "gen_ai.evaluation.explanation": note.text,
-        "monologue.source": note.source,
-        "monologue.scope": note.scope,
-        "monologue.weight": note.weight,
-        "monologue.span_id": note.span_id,
-    }
-    told = {name: value for name, value in facts.items() if value is not None}
-    return SpanEvent(name=EVALUATED, time_ns=note.created_ns, attributes=told)
-
-
-def _said(role: str, text: str, choices: Sequence[str] = ()) -> str:
-    listed = "\n".join((text, *(f"- {choice}" for choice in choices)))
-    return json.dumps([{"role": role, "parts": [{"type": "text", "content": listed}]}], ensure_ascii=False)
 
 
 # Out
@@ -183,7 +89,9 @@ def to_json(run: str | Path, file: str | Path) -> Counts:
             counts = _export(source, str(info["run_id"]), out)
         os.replace(part, target)
     except OSError as error:
-        raise RunError(f"cannot write the export {str(target)!r}: {error.strerror}; name a file in a folder that you may write to") from error
+        raise RunError(
+            f"cannot write the export {str(target)!r}: {error.strerror}; name a file in a folder that you may write to"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
     return counts
@@ -221,16 +129,19 @@ def _spans(run: Path, files: Sequence[str], counts: Counts) -> Iterator[Span]:
         notes.setdefault(str(getattr(placed.record, "episode_id", "")), []).append(placed)
     spans = [name for name in files if name.startswith("spans/")]
     ends = {one.record.episode_id: one for one in _records(run, spans, Counts()) if isinstance(one.record, EpisodeEnd)}
+    carried = 0
     for placed in _records(run, spans, counts):
         record = placed.record
         if isinstance(record, EpisodeStart):
-            yield _root(placed, record, ends.pop(record.episode_id, None), notes.pop(record.episode_id, []))
+            said, end = notes.pop(record.episode_id, []), ends.pop(record.episode_id, None)
+            yield _root(placed, record, end, said)
+            carried += 1 + len(said) + (end is not None)
+            counts.episodes += 1
         elif isinstance(record, SpanRecord):
             yield _step(placed, record)
-        counts.episodes += isinstance(record, EpisodeStart)
-    left = [*ends.values(), *(note for some in notes.values() for note in some)]
-    if left:
-        raise RunError(f"{run / left[0].file}, line {left[0].number}: a record of an episode that never began; the run is damaged")
+            carried += 1
+    if carried != counts.records:
+        raise RunError(f"cannot export {str(run)!r}: {counts.records - carried} ends or annotations belong to no episode; it is damaged")
 
 
 def _records(run: Path, files: Iterable[str], counts: Counts) -> Iterator[Placed]:
@@ -254,7 +165,7 @@ def _root(placed: Placed, start: EpisodeStart, end: Placed | None, notes: Sequen
     if end and ended:
         events.append(_event(SpanEvent(name=ENDED, time_ns=ended.ended_ns, attributes={}), end))
     facts = {**plain.attributes, RECORD: start.model_dump_json(), **placed.place}
-    made = _with(plain, facts, tuple(events))
+    made = replace(plain, attributes=facts, events=tuple(events))
     _must_come_back(placed, [placed, *notes, *([end] if end else [])], made)
     return made
 
@@ -267,24 +178,9 @@ def _event(event: SpanEvent, placed: Placed) -> SpanEvent:
 
 def _step(placed: Placed, span: SpanRecord) -> Span:
     where = {OWN: len(span.attributes), SEQ: span.seq, KIND: span.kind, EPISODE: span.episode_id, **placed.place}
-    made = _with(step_span(span), {**span.attributes, **where}, span.events)
+    made = replace(step_span(span), attributes={**span.attributes, **where})
     _must_come_back(placed, [placed], made)
     return made
-
-
-def _with(span: Span, attributes: Mapping[str, Attribute], events: tuple[SpanEvent, ...]) -> Span:
-    return Span(
-        span.name,
-        span.trace_id,
-        span.span_id,
-        span.parent_id,
-        span.client,
-        span.start_ns,
-        span.end_ns,
-        span.error,
-        attributes,
-        events,
-    )
 
 
 def _must_come_back(placed: Placed, wanted: Sequence[Placed], span: Span) -> None:
@@ -342,3 +238,169 @@ def _plain_value(value: Attribute | bytes) -> dict[str, Any]:
     if isinstance(value, bytes):
         return {"bytesValue": base64.b64encode(value).decode()}
     return {"stringValue": value}
+
+
+# In
+
+
+def from_json(file: str | Path, run: str | Path) -> Counts:
+    """The run that ``to_json`` wrote, in a new folder. Raises RunError, with the line, for whatever is not such an export."""
+    source, target = Path(file), Path(run)
+    if target.exists():
+        raise RunError(f"cannot import into {str(target)!r}: it exists already; name another folder")
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        with source.open("rb") as lines:
+            part.mkdir(parents=True)
+            counts = _Import(part, source).read(lines)
+        os.rename(part, target)
+    except OSError as error:
+        raise RunError(f"cannot import {str(source)!r} into {str(target)!r}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return counts
+
+
+@dataclass
+class _Sheet:
+    """A file of lines being rebuilt; lines that come early wait for their number."""
+
+    file: BinaryIO
+    written: int = 0
+    early: dict[int, bytes] = field(default_factory=dict)
+
+    def put(self, number: int, line: bytes) -> None:
+        if number <= self.written or number in self.early:
+            raise ValueError(f"line {number} of its file comes twice")
+        self.early[number] = line
+        while self.written + 1 in self.early:
+            self.written += 1
+            self.file.write(self.early.pop(self.written))
+
+
+class _Import:
+    """Reads an export line by line. What is held in memory: annotations whose turn has not come, and ends of episodes under way."""
+
+    def __init__(self, run: Path, source: Path) -> None:
+        self.run, self.source = run, source
+        self.counts = Counts()
+        self._sheets: dict[str, _Sheet] = {}
+        self._headed = False
+        self._wanted: dict[str, int] | None = None
+
+    def read(self, lines: Iterable[bytes]) -> Counts:
+        """All lines. Raises RunError."""
+        number = 0
+        try:
+            for number, line in enumerate(lines, 1):
+                self._take(number, line)
+        finally:
+            for sheet in self._sheets.values():
+                sheet.file.close()
+        found = {"records": self.counts.records, "pictures": self.counts.pictures}
+        if self._wanted is None:
+            raise RunError(f"{str(self.source)!r} ends after line {number} without its last line: it was cut off; export the run again")
+        short = [name for name, sheet in self._sheets.items() if sheet.early]
+        if found != self._wanted or short:
+            raise RunError(f"{str(self.source)!r} holds {found}, but {self._wanted} were exported: lines were lost; export the run again")
+        return self.counts
+
+    def _take(self, number: int, line: bytes) -> None:
+        place = f"{str(self.source)!r}, line {number}"
+        if not line.endswith(b"\n"):
+            raise RunError(f"{place}: torn, it has no end; the file was cut off, export the run again")
+        try:
+            for group in json.loads(line)["resourceSpans"]:
+                self._resource(_values(group["resource"]["attributes"]))
+                for scope in group.get("scopeSpans", ()):
+                    for span in scope["spans"]:
+                        self._span(span)
+        except (RunError, ValueError, KeyError, TypeError, AttributeError) as error:
+            told = str(error).splitlines()[0] if str(error) else type(error).__name__
+            told = f"it lacks {told}" if isinstance(error, KeyError) else told
+            raise RunError(f"{place}: not a line that 'monologue export --to otlp-json' wrote ({told})") from error
+
+    def _resource(self, facts: Mapping[str, Any]) -> None:
+        if HEADER in facts:
+            self._head(facts)
+        if not self._headed:
+            raise ValueError("the export's first line is missing")
+        if PICTURE in facts:
+            self._picture(facts[PICTURE], facts[PNG])
+        if TRAILER in facts:
+            self._wanted = json.loads(facts[TRAILER])
+
+    def _head(self, facts: Mapping[str, Any]) -> None:
+        version = json.loads(facts[RUN_JSON]).get("schema_version")
+        if (facts[HEADER], version) != (FORMAT, SCHEMA_VERSION) or self._headed:
+            wanted = f"this program reads one run of format {FORMAT}, schema version {SCHEMA_VERSION}"
+            raise ValueError(f"format {facts[HEADER]}, schema version {version}; {wanted}")
+        self._headed = True
+        for room in ("spans", "annotations", "images"):
+            (self.run / room).mkdir()
+        (self.run / "run.json").write_bytes(facts[RUN_JSON].encode())
+        for name in json.loads(facts[FILES]):
+            if not NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is no file of a run")
+            self._sheets[name] = _Sheet((self.run / name).open("xb"))
+
+    def _picture(self, sha256: str, data: bytes) -> None:
+        if digest(data) != sha256:
+            raise ValueError(f"the picture {sha256[:12]!r} has other bytes than its name says")
+        (self.run / "images" / f"{sha256}.png").write_bytes(data)
+        self.counts.pictures += 1
+
+    def _span(self, span: Mapping[str, Any]) -> None:
+        for file, number, line in _back(span):
+            parse_line(line, f"{file}, line {number}")
+            self._sheets[file].put(number, line)
+            self.counts.records += 1
+            self.counts.episodes += line.startswith(b'{"record":"episode_start"')
+
+
+def _back(span: Mapping[str, Any]) -> Iterator[tuple[str, int, bytes]]:
+    """The lines that a span was made of, with their file and number."""
+    facts = _values(span["attributes"])
+    if OWN in facts:
+        yield facts[FILE], facts[LINE], _line(_step_record(span, facts))
+        return
+    for carrier in (facts, *(_values(event["attributes"]) for event in span["events"])):
+        yield carrier[FILE], carrier[LINE], str(carrier[RECORD]).encode() + b"\n"
+
+
+def _step_record(span: Mapping[str, Any], facts: Mapping[str, Any]) -> SpanRecord:
+    events = [{"name": e["name"], "time_ns": int(e["timeUnixNano"]), "attributes": _values(e["attributes"])} for e in span["events"]]
+    found = {
+        "episode_id": facts[EPISODE],
+        "seq": facts[SEQ],
+        "name": span["name"],
+        "kind": facts[KIND],
+        "trace_id": span["traceId"],
+        "span_id": span["spanId"],
+        "parent_id": span.get("parentSpanId", ""),
+        "start_ns": int(span["startTimeUnixNano"]),
+        "end_ns": int(span["endTimeUnixNano"]),
+        "status": "error" if span["status"].get("code") == 2 else "ok",
+        "attributes": dict(list(facts.items())[: facts[OWN]]),
+        "events": events,
+    }
+    return SpanRecord.model_validate(found)
+
+
+def _values(attributes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return {one["key"]: _value(one["value"]) for one in attributes}
+
+
+def _value(value: Mapping[str, Any]) -> Attribute | bytes:
+    [(kind, plain)] = value.items()
+    if kind == "stringValue":
+        return str(plain)
+    if kind == "boolValue":
+        return bool(plain)
+    if kind == "intValue":
+        return int(plain)
+    if kind == "doubleValue":
+        return float(plain)
+    if kind == "bytesValue":
+        return base64.b64decode(plain, validate=True)
+    raise ValueError(f"a value of the kind {kind!r}")
