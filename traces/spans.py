@@ -59,7 +59,7 @@ def root_span(start: EpisodeStart, end: EpisodeEnd | None, notes: Iterable[Annot
         names.INPUT_MESSAGES: _said("user", start.question, start.choices) if start.question else None,
         names.OUTPUT_MESSAGES: _said("assistant", end.answer) if end and end.answer is not None else None,
     }
-    broken = None if end is None or end.status == "ok" else end.error or end.status
+    broken = "the episode never ended" if end is None else None if end.status == "ok" else end.error or end.status
     return Span(
         name=f"invoke_agent {start.graph}",
         trace_id=start.episode_id,
