@@ -74,9 +74,9 @@ def _post(url: str, body: dict[str, Any]) -> None:
             urllib.request.urlopen(request, timeout=PATIENCE).close()
             return
         except urllib.error.HTTPError as error:
-            told = error.read(500).decode(errors="replace")
+            told = error.read().decode(errors="replace")
             if error.code != 404 or "do not exist" not in told or time.monotonic() > until:
-                raise ExportError(f"Phoenix refused the annotations ({error.code}): {told}") from error
+                raise ExportError(f"Phoenix refused the annotations ({error.code}): {told[:300]}") from error
         except OSError as error:
             raise ExportError(f"the annotations did not reach {url}: {error}") from error
         time.sleep(0.5)
