@@ -232,7 +232,7 @@ def _jobs(
         for sample in range(samples):
             before = done.get((problem.id, sample))
             if before is not None and before.ended is not None:
-                score = before.ended.score if before.captured else table.judge(problem, before.ended.answer)
+                score = table.judge(problem, before.ended.answer) if before.captured else before.ended.score
                 ended(met_again(before.ended, problem, score), True)
             else:
                 yield Job(problem, sample, before.attempts if before else 0)

@@ -26,7 +26,12 @@ def call(prompt: tuple[int, ...], text: str = "", output: str = "x", **more: Any
     facts |= {"sampled_logprobs": (-0.5, -0.5), "loss_mask": b"\1\1", "sampling": {"temperature": 1.0}, "engine": "e", "model": "m"}
     facts |= {"engine_version": "1", "tokenizer_hash": "t", "template_hash": "l", "finish_reason": "stop", "truncated": False}
     message = {"role": "user", "parts": [{"type": "text", "content": text}]}
-    facts |= {"images": (), "cached_tokens": None, "messages": [json.dumps(message)], "action": json.dumps({"kind": "reply", "text": output})}
+    facts |= {
+        "images": (),
+        "cached_tokens": None,
+        "messages": [json.dumps(message)],
+        "action": json.dumps({"kind": "reply", "text": output}),
+    }
     return facts | {"parse_error": None, "output": output} | more
 
 
@@ -38,9 +43,10 @@ def played(run: Path, question: str = "q", extra: list[SpanProcessor] | None = N
             span.record(**call((1, 2), "harmless"))
         episode.finish(answer="b")
     facts: dict[str, Any] = {"task": "t", "graph": "g", "extra": {"note": f"of {question}", "temperature": 1.0, "control": "c"}}
-    with pytest.raises(RuntimeError), recorder.episode(
-        problem_id="p1", group_id="p1", question=question, choices=(question, "b"), gold=0, **facts
-    ) as episode:
+    with (
+        pytest.raises(RuntimeError),
+        recorder.episode(problem_id="p1", group_id="p1", question=question, choices=(question, "b"), gold=0, **facts) as episode,
+    ):
         episode.store(Image.new("RGB", (8, 8), "red"))
         for turn, text in enumerate(("harmless", question, "harmless again")):
             with episode.policy(role="questioner", node="ask") as span:
