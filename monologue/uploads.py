@@ -36,7 +36,7 @@ def uploads() -> Iterator[str]:
     if _instrumented():
         for name in ADDRESSES:
             if _host(name):
-                yield f"{name} is set in an instrumented process, which sends what it records to {_host(name)}; unset it to keep prompts here"
+                yield f"{name} is set and the process is instrumented, so prompts may go to {_host(name)}; unset it to keep them here"
 
 
 def _on(name: str) -> bool:

@@ -1,7 +1,10 @@
 """What must not reach the disk does not: shape only, redaction, and the lines that warn of uploads."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from monologue.traces.recorder import Recorder
 from monologue.traces.store import RunReader, RunWriter
 from monologue.traces.verify import Check, verify
 
+ROOT = Path(__file__).parent.parent
 SECRET = "4711-AMSEL"
 
 
@@ -178,7 +182,7 @@ def test_the_command_line_plays_shapes_shows_them_and_goes_on(tmp_path: Path, ca
 
 def test_an_own_question_stays_out_of_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (84, 84), "red").save(tmp_path / "own.png")
-    own = ["--image", str(tmp_path / "own.png"), "--question", "what colour is this ?", "--choices", "red", "blue"]
+    own = ["--image", str(tmp_path / "own.png"), "--question", "what colour is the square ?", "--choices", "red", "blue"]
     assert main(["play", *own, "--capture", "shape", "--out", str(tmp_path / "run")]) == 0
     written = on_disk(tmp_path / "run")
     assert "what colour" not in written and '"red"' not in written and "own.png" not in written
@@ -204,6 +208,16 @@ def test_every_switch_that_would_ship_prompts_gets_its_line(
     warn_of_uploads()
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2 and "LANGSMITH_OTEL_ENABLED" in told[1] and "elsewhere.example" in told[1]
+
+
+def test_an_instrumented_process_gets_its_line() -> None:
+    code = "from opentelemetry import trace; from opentelemetry.sdk.trace import TracerProvider; from monologue.uploads import uploads\n"
+    code += "print(list(uploads())); trace.set_tracer_provider(TracerProvider()); print(*uploads())"
+    addresses = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://me:password@elsewhere.example:4318"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("LANG", "OTEL"))} | addresses
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
+    before, told = done.stdout.splitlines()
+    assert before == "[]" and "OTEL_EXPORTER_OTLP_ENDPOINT" in told and "elsewhere.example" in told and "password" not in told
 
 
 def test_switches_are_those_of_the_installed_langsmith(monkeypatch: pytest.MonkeyPatch) -> None:
