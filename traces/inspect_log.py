@@ -18,6 +18,7 @@ import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -86,7 +87,8 @@ def to_inspect(run: str | Path, file: str | Path) -> int:
         told = f"cannot write the log {str(target)!r}: {error.strerror}; name a file in a folder that you may write to"
         raise ExportError(told) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
     return count
 
 

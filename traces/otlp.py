@@ -22,6 +22,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -93,7 +94,8 @@ def to_json(run: str | Path, file: str | Path) -> Counts:
             f"cannot write the export {str(target)!r}: {error.strerror}; name a file in a folder that you may write to"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
     return counts
 
 
