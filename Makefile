@@ -33,7 +33,7 @@ test-real: test test-phoenix
 	PYTHON=$(PYTHON) sh tests_real/install_phoenix.sh
 
 test-phoenix: .venv-phoenix/installed
-	.venv-phoenix/bin/python -m pytest -q tests_real/test_phoenix.py tests_real/test_inspect.py
+	.venv-phoenix/bin/python -m pytest -q -p no:phoenix tests_real/test_phoenix.py tests_real/test_inspect.py
 
 links:
 	@mkdir -p .links/monologue

@@ -213,9 +213,8 @@ def test_a_failed_episode_is_shown_as_one(phoenix: Server, tmp_path: Path) -> No
 
     recorder = Recorder(RunWriter(tmp_path / "run"))
     facts: dict[str, Any] = {"problem_id": "p", "task": "t", "graph": "g", "group_id": "p", "question": "warum?"}
-    with pytest.raises(RuntimeError), recorder.episode(**facts) as episode:
-        with episode.tool(name="sum", arguments={"a": 1}, node="tools"):
-            raise RuntimeError("kaputt")
+    with pytest.raises(RuntimeError), recorder.episode(**facts) as episode, episode.tool(name="sum", arguments={"a": 1}, node="tools"):
+        raise RuntimeError("kaputt")
     assert send(tmp_path / "run", phoenix.http, project="failed") == 2
     spans = phoenix.spans("failed", 2)
     assert {span["status_code"] for span in spans.values()} == {"ERROR"}
