@@ -45,6 +45,8 @@ def user_errors() -> tuple[type[Exception], ...]:
 def play(options: argparse.Namespace) -> int:
     """Plays problems of a task, or one of your own, into a run folder."""
     warn_of_uploads()
+    if options.live and options.capture == "shape":
+        raise UsageError("--live shows what --capture shape keeps out; give one of them")
     task = task_of(options)
     problems = problems_of(options, task)
     from monologue.exports import listeners

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from monologue.cli import main
-from monologue.traces import collector, names
+from monologue.traces import collector, names, otlp
 from monologue.traces.collector import Forwarder, batches
 from monologue.traces.extras import ExportError
 from monologue.traces.otlp import Counts, from_json, to_json
@@ -184,6 +184,25 @@ def test_lines_of_another_program_come_back_as_equal_records(tmp_path: Path) -> 
     assert list(RunReader(tmp_path / "again").episodes()) == list(RunReader(tmp_path / "run").episodes())
 
 
+def test_a_run_that_grows_meanwhile_is_exported_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    play(tmp_path / "run")
+    before = holds(tmp_path / "run")
+    listed = otlp._files
+
+    def grow(run: Path) -> dict[str, int]:
+        found = listed(run)
+        with begin(RunWriter(run, resume=True)) as episode:
+            episode.finish(answer=None)
+        for file in run.glob("*/*.jsonl"):
+            file.write_bytes(file.read_bytes() * 2)
+        return found
+
+    monkeypatch.setattr(otlp, "_files", grow)
+    to_json(tmp_path / "run", tmp_path / "run.jsonl")
+    from_json(tmp_path / "run.jsonl", tmp_path / "again")
+    assert holds(tmp_path / "again") == before
+
+
 def cut(lines: list[bytes]) -> list[bytes]:
     return [*lines[:3], lines[3][:-30]]
 
@@ -229,6 +248,7 @@ def broken(lines: list[bytes]) -> list[bytes]:
         (lambda lines: [*lines[:6], lines[6], *lines[6:]], "line 8", "comes twice"),
         (lambda lines: [], "line 0", "cut off"),
         (lambda lines: [b"\xff\x00\n"], "line 1", "not a line that"),
+        (lambda lines: [b"[" * 100_000 + b"\n"], "line 1", "not a line that"),
     ],
 )
 def test_what_is_no_whole_export_is_refused(tmp_path: Path, spoil: Callable[[list[bytes]], list[bytes]], place: str, reason: str) -> None:
@@ -286,6 +306,7 @@ REFUSED = {
     "nothing to import": (["import", "{nowhere}", "--out", "{file}"], "No such file"),
     "into a run": (["import", "{run}/run.json", "--out", "{run}"], "exists already"),
     "no export": (["import", "{run}/run.json", "--out", "{file}"], "line 1: not a line that"),
+    "live and shape": (["play", "--n", "1", "--out", "{file}", "--live", "--capture", "shape"], "give one of them"),
     "no address": (["play", "--n", "1", "--out", "{file}", "--otlp", "127.0.0.1:4318"], "expected an address such as"),
 }
 

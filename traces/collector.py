@@ -17,7 +17,6 @@ import base64
 import json
 import logging
 import queue
-import re
 import socket
 import threading
 import time
@@ -36,6 +35,7 @@ from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, Trace
 
 from monologue.traces import names
 from monologue.traces.extras import ExportError, need
+from monologue.traces.images import REFERENCE
 from monologue.traces.schema import Annotation, Attribute, EpisodeEnd, EpisodeStart, Record, SpanRecord
 from monologue.traces.spans import PROJECT, Span, root_span, step_span
 from monologue.traces.store import Episode, RunReader
@@ -44,24 +44,36 @@ Protocol: TypeAlias = Literal["http", "grpc"]
 LARGEST_BATCH = 2 * 2**20
 """Bytes."""
 MOST_SPANS = 512
-PICTURE = re.compile(r"images/([0-9a-f]{64})\.png")
 KINDS = {"policy": "LLM", "tool": "TOOL", "node": "CHAIN"}
 
 
-def send(run: str | Path, endpoint: str, protocol: Protocol = "http", project: str = "monologue") -> int:
-    """All episodes of a stored run; returns the number of spans. Raises ExportError where one did not arrive, RunError for a bad run."""
+def send(
+    run: str | Path, endpoint: str, protocol: Protocol = "http", project: str = "monologue", headers: Mapping[str, str] | None = None
+) -> int:
+    """All episodes of a stored run; returns the number of spans. Raises ExportError where one did not arrive, RunError for a bad run.
+
+    ``headers`` are for receivers that want a key; without them the exporters take OTEL_EXPORTER_OTLP_HEADERS.
+    """
     reader = RunReader(run)
-    with Collector(reader.path, endpoint, protocol, project) as collector:
+    with Collector(reader.path, endpoint, protocol, project, headers=headers) as collector:
         return sum(collector.send(batch) for batch in batches(s for e in reader.episodes() for s in collector.spans_of(e)))
 
 
 class Collector:
     """A receiver of spans; pictures are read from the run's folder."""
 
-    def __init__(self, run: Path, endpoint: str, protocol: Protocol = "http", project: str = "monologue", timeout: float = 30.0) -> None:
+    def __init__(
+        self,
+        run: Path,
+        endpoint: str,
+        protocol: Protocol = "http",
+        project: str = "monologue",
+        timeout: float = 30.0,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         """Raises ExportError where the extra is missing or nobody listens."""
         self.endpoint, self._images = endpoint, run / "images"
-        self._exporter = _exporter(endpoint, protocol, timeout)
+        self._exporter = _exporter(endpoint, protocol, {"timeout": timeout, "headers": headers})
         reachable(endpoint, protocol)
         self._resource = Resource({"service.name": "monologue", PROJECT: project})
         self._scope = InstrumentationScope("monologue", schema_url=names.SCHEMA_URL)
@@ -101,7 +113,7 @@ class Collector:
         return json.dumps([{**one, "parts": [self._part(part) for part in one["parts"]]} for one in said], ensure_ascii=False)
 
     def _part(self, part: Mapping[str, Any]) -> Mapping[str, Any]:
-        picture = PICTURE.fullmatch(str(part.get("uri", "")))
+        picture = REFERENCE.fullmatch(str(part.get("uri", "")))
         if picture:
             return {"type": "blob", "modality": "image", "mime_type": "image/png", "content": self._blob(picture[1])}
         if part.get("type") == "choices":
@@ -163,16 +175,16 @@ def _length(value: Attribute) -> int:
     return len(value) if value.isascii() else 4 * len(value)
 
 
-def _exporter(endpoint: str, protocol: Protocol, timeout: float) -> Any:
+def _exporter(endpoint: str, protocol: Protocol, options: Mapping[str, Any]) -> Any:
     url = urlsplit(endpoint)
     if url.scheme not in ("http", "https") or not url.hostname:
         raise ExportError(f"expected an address such as http://127.0.0.1:4318, got {endpoint!r}")
     if protocol == "grpc":
         module = need("opentelemetry.exporter.otlp.proto.grpc.trace_exporter", "otlp")
-        return module.OTLPSpanExporter(endpoint=endpoint, insecure=url.scheme == "http", timeout=timeout)
+        return module.OTLPSpanExporter(endpoint=endpoint, insecure=url.scheme == "http", **options)
     module = need("opentelemetry.exporter.otlp.proto.http.trace_exporter", "otlp")
     whole = endpoint if url.path.strip("/") else f"{endpoint.rstrip('/')}/v1/traces"
-    return module.OTLPSpanExporter(endpoint=whole, timeout=timeout)
+    return module.OTLPSpanExporter(endpoint=whole, **options)
 
 
 def reachable(endpoint: str, protocol: Protocol = "http") -> None:

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from monologue.traces import names
-from monologue.traces.collector import PICTURE
 from monologue.traces.extras import ExportError, need
+from monologue.traces.images import REFERENCE
 from monologue.traces.schema import Annotation, SpanRecord
 from monologue.traces.store import Episode, RunReader
 
@@ -264,7 +264,7 @@ class _Dialogue:
         return kind(id=key, content=parts, metadata=_facts(span))
 
     def _part(self, part: Mapping[str, Any]) -> Any:
-        picture = PICTURE.fullmatch(str(part.get("uri", "")))
+        picture = REFERENCE.fullmatch(str(part.get("uri", "")))
         if picture:
             return self.model.ContentImage(image=self._picture(picture[1]))
         if part.get("type") == "choices":

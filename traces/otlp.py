@@ -101,13 +101,13 @@ def to_json(run: str | Path, file: str | Path) -> Counts:
 
 def _export(run: Path, run_id: str, out: BinaryIO) -> Counts:
     counts = Counts()
-    files = [f"{room}/{path.name}" for room in ("spans", "annotations") for path in sorted((run / room).glob("*.jsonl"))]
+    files = _files(run)
     foreign = [name for name in files if not NAME.fullmatch(name)]
     if foreign:
         raise RunError(f"cannot export {str(run)!r}: the file {foreign[0]!r} has a name that no writer gives; rename it")
     base: dict[str, Attribute] = {"service.name": "monologue", PROJECT: "monologue", names.RUN: run_id}
     text = (run / "run.json").read_bytes().decode()
-    _put(out, {**base, HEADER: FORMAT, RUN_JSON: text, FILES: json.dumps(files)})
+    _put(out, {**base, HEADER: FORMAT, RUN_JSON: text, FILES: json.dumps(list(files))})
     for picture in sorted((run / "images").glob("*.png")):
         _put(out, {**base, PICTURE: picture.stem, PNG: _picture(picture)})
         counts.pictures += 1
@@ -117,6 +117,14 @@ def _export(run: Path, run_id: str, out: BinaryIO) -> Counts:
     return counts
 
 
+def _files(run: Path) -> dict[str, int]:
+    """The files of lines and how many bytes of each belong to this export: a run may grow meanwhile. Annotations first, since what they
+    are about has been written before them.
+    """
+    paths = [path for room in ("annotations", "spans") for path in sorted((run / room).glob("*.jsonl"))]
+    return {f"{path.parent.name}/{path.name}": path.stat().st_size for path in paths}
+
+
 def _picture(path: Path) -> bytes:
     data = path.read_bytes()
     if digest(data) != path.stem:
@@ -124,15 +132,14 @@ def _picture(path: Path) -> bytes:
     return data
 
 
-def _spans(run: Path, files: Sequence[str], counts: Counts) -> Iterator[Span]:
+def _spans(run: Path, files: Mapping[str, int], counts: Counts) -> Iterator[Span]:
     """Every record as a span or within one, in the order of the files; ends and annotations travel with their episode's start."""
     notes: dict[str, list[Placed]] = {}
-    for placed in _records(run, [name for name in files if name.startswith("annotations/")], counts):
+    for placed in _records(run, files, "annotations/", counts):
         notes.setdefault(str(getattr(placed.record, "episode_id", "")), []).append(placed)
-    spans = [name for name in files if name.startswith("spans/")]
-    ends = {one.record.episode_id: one for one in _records(run, spans, Counts()) if isinstance(one.record, EpisodeEnd)}
+    ends = {one.record.episode_id: one for one in _records(run, files, "spans/", Counts()) if isinstance(one.record, EpisodeEnd)}
     carried = 0
-    for placed in _records(run, spans, counts):
+    for placed in _records(run, files, "spans/", counts):
         record = placed.record
         if isinstance(record, EpisodeStart):
             said, end = notes.pop(record.episode_id, []), ends.pop(record.episode_id, None)
@@ -146,10 +153,15 @@ def _spans(run: Path, files: Sequence[str], counts: Counts) -> Iterator[Span]:
         raise RunError(f"cannot export {str(run)!r}: {counts.records - carried} ends or annotations belong to no episode; it is damaged")
 
 
-def _records(run: Path, files: Iterable[str], counts: Counts) -> Iterator[Placed]:
-    for name in files:
+def _records(run: Path, files: Mapping[str, int], room: str, counts: Counts) -> Iterator[Placed]:
+    for name, size in files.items():
+        if not name.startswith(room):
+            continue
         with (run / name).open("rb") as lines:
             for number, line in enumerate(lines, 1):
+                size -= len(line)
+                if size < 0:
+                    break
                 if not line.endswith(b"\n"):
                     counts.torn += 1
                     break
@@ -317,7 +329,7 @@ class _Import:
                 for scope in group.get("scopeSpans", ()):
                     for span in scope["spans"]:
                         self._span(span)
-        except (RunError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (RunError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             told = str(error).splitlines()[0] if str(error) else type(error).__name__
             told = f"it lacks {told}" if isinstance(error, KeyError) else told
             raise RunError(f"{place}: not a line that 'monologue export --to otlp-json' wrote ({told})") from error

@@ -30,7 +30,7 @@ PATIENCE = 60.0
 
 def to_phoenix(run: str | Path, endpoint: str, project: str = "monologue") -> tuple[int, int]:
     """Spans, then annotations; returns how many of each. Raises ExportError where something did not arrive."""
-    spans = send(run, endpoint, "http", project)
+    spans = send(run, endpoint, "http", project, _key())
     return spans, annotate(run, endpoint)
 
 
@@ -63,11 +63,14 @@ def _annotation(note: Annotation, span_id: str) -> dict[str, Any]:
     }
 
 
+def _key() -> dict[str, str] | None:
+    """For a Phoenix that wants one."""
+    key = os.environ.get("PHOENIX_API_KEY")
+    return {"authorization": f"Bearer {key}"} if key else None
+
+
 def _post(url: str, body: dict[str, Any]) -> None:
-    headers = {"content-type": "application/json"}
-    if key := os.environ.get("PHOENIX_API_KEY"):
-        headers["authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json", **(_key() or {})})
     until = time.monotonic() + PATIENCE
     while True:
         try:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from monologue.traces import names
+from monologue.traces.images import REFERENCE
 from monologue.traces.schema import Attribute, EpisodeStart, attributes_of
 
 Capture: TypeAlias = Literal["all", "shape"]
@@ -26,7 +27,7 @@ Redact: TypeAlias = Callable[[str], str]
 IDS = (names.PROMPT_DELTA, names.SAMPLED_IDS, names.SAMPLED_LOGPROBS, names.LOSS_MASK)
 WORDS = (names.INPUT_MESSAGES, names.OUTPUT_MESSAGES, names.OUTPUT, names.ACTION, names.PARSE_ERROR)
 SAID = (*WORDS, names.TOOL_ARGUMENTS, names.TOOL_RESULT, names.ERROR)
-FIXED = frozenset({"type", "role", "modality", "mime_type", "uri", "kind", "finish_reason"})
+FIXED = frozenset({"type", "role", "modality", "mime_type", "kind", "finish_reason"})
 """Keys of messages and actions whose values are no text of anybody."""
 
 
@@ -114,7 +115,7 @@ class Privacy:
     def _walk(self, value: Any, fixed: Any, keys: bool = False) -> Any:
         """The same with every text redacted; of what a model made up, the keys too."""
         if isinstance(value, str):
-            return self.text(value)
+            return value if REFERENCE.fullmatch(value) else self.text(value)
         if isinstance(value, (list, tuple)):
             return [self._walk(one, fixed, keys) for one in value]
         if not isinstance(value, Mapping):
