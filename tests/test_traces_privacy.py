@@ -149,6 +149,32 @@ def test_a_redacted_call_and_what_follows_it_in_its_stream_lose_ids_and_training
     assert check(tmp_path / "run", "content").detail == "not captured, so not checked: 4 redacted"
 
 
+def test_a_redaction_of_everything_leaves_the_structure(tmp_path: Path) -> None:
+    recorder = Recorder(RunWriter(tmp_path / "run"), redact=lambda text: "[gone]")
+    uri = f"images/{'a' * 64}.png"
+    parts = [
+        {"type": "uri", "modality": "image", "uri": uri},
+        {"type": "text", "content": SECRET},
+        {"type": "choices", "choices": [SECRET]},
+    ]
+    action = {"kind": "tool", "name": "sum", "arguments": {SECRET: {SECRET: 1}}}
+    with recorder.episode(problem_id="p", task="t", graph="g", group_id="p", question=SECRET) as episode:
+        with episode.policy(role="questioner", node="ask") as span:
+            messages = [json.dumps({"role": "user", "parts": parts})]
+            span.record(**call((1,), output=SECRET, messages=messages, action=json.dumps(action)))
+        episode.finish(answer=SECRET)
+    [told] = RunReader(tmp_path / "run").episodes()
+    facts = told.spans[0].attributes
+    gone = [
+        {"type": "uri", "modality": "image", "uri": uri},
+        {"type": "text", "content": "[gone]"},
+        {"type": "choices", "choices": ["[gone]"]},
+    ]
+    assert json.loads(str(facts[names.INPUT_MESSAGES])) == [{"role": "user", "parts": gone}]
+    assert json.loads(str(facts[names.ACTION])) == {"kind": "tool", "name": "[gone]", "arguments": {"[gone]": {"[gone]": 1}}}
+    assert facts[names.OUTPUT] == "[gone]" and told.end and told.end.answer == "[gone]" and SECRET not in on_disk(tmp_path / "run")
+
+
 def bad(text: str) -> str:
     raise KeyError(text)
 
