@@ -4,8 +4,10 @@ Runs from .venv-phoenix, which tests_real/install_phoenix.sh makes: ``make test-
 """
 
 import base64
+import html
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from monologue.traces import names
 from monologue.traces.collector import Forwarder, send
 from monologue.traces.extras import ExportError
 from monologue.traces.otlp import to_json
-from monologue.traces.phoenix import annotate
+from monologue.traces.phoenix import annotate, to_phoenix
 from monologue.traces.schema import Annotation
 from monologue.traces.store import Episode, RunReader, RunWriter
 
@@ -206,6 +208,25 @@ def test_rewards_are_annotations(phoenix: Server, played: Player, capsys: pytest
         ("remark", None, "gut, aber „lang“"),
     ]
     assert len(turns) == 6
+
+
+def test_the_chat_view_shows_dialogue_picture_and_reward(phoenix: Server, played: Player, tmp_path: Path) -> None:
+    """What a browser has on its page, once Phoenix's own interface has drawn the span."""
+    browser = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("no chromium on this machine")
+    run = played()
+    to_phoenix(run, phoenix.http, "chat")
+    episode = episodes(run)[0]
+    call = next(call for call in episode.calls() if call.role == "answerer")
+    words = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom"]
+    words += ["--window-size=1500,1400", "--virtual-time-budget=60000", f"{phoenix.http}/redirects/spans/{call.span_id}"]
+    page = subprocess.run(words, capture_output=True, text=True, timeout=240, check=True).stdout
+    picture, heard = json.loads(call.messages[0])["parts"]
+    png = (run / picture["uri"]).read_bytes()
+    assert f'src="data:image/png;base64,{base64.b64encode(png).decode()}"' in page
+    assert html.escape(heard["content"]) in page and html.escape(call.output) in page
+    assert "exact_match" in page and "invoke_agent monologue" in page
 
 
 def test_a_failed_episode_is_shown_as_one(phoenix: Server, tmp_path: Path) -> None:
