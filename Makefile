@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 # make test-real  the tests against real SGLang, Chromium, Phoenix ...
-.PHONY: demo test test-real test-sglang check links figures clean
+.PHONY: demo test test-real test-sglang test-phoenix check links figures clean
 
 .venv/installed: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv .venv
@@ -28,11 +28,17 @@ test: .venv/dev
 	$(BIN)/python -m pytest -q
 
 # Against real programs; each is installed by its own script into an environment of its own.
-test-real: test test-sglang
+test-real: test test-sglang test-phoenix
 
 test-sglang: .venv/dev
 	tests_real/install_sglang.sh
 	$(BIN)/python -m pytest -q tests_real/test_sglang.py
+
+.venv-phoenix/installed: tests_real/install_phoenix.sh pyproject.toml
+	PYTHON=$(PYTHON) sh tests_real/install_phoenix.sh
+
+test-phoenix: .venv-phoenix/installed
+	.venv-phoenix/bin/python -m pytest -q -p no:phoenix tests_real/test_phoenix.py tests_real/test_inspect.py
 
 links:
 	@mkdir -p .links/monologue
@@ -46,7 +52,7 @@ check: .venv/dev links
 	$(BIN)/python -m pytest -q
 
 clean:
-	rm -rf .venv .links build *.egg-info runs
+	rm -rf .venv .venv-phoenix .links build *.egg-info runs
 
 # Every figure of the README, from the shipped weights, on problems that no training has seen.
 EVAL := $(BIN)/monologue eval

@@ -24,6 +24,7 @@ from monologue.graphs.registry import Graph, find
 from monologue.graphs.state import Context, GraphError
 from monologue.graphs.summary import Earlier, Played, Summary, earlier, met_again, played, progress_bar
 from monologue.tasks.base import Problem, exact_match
+from monologue.traces.privacy import Capture, Redact
 from monologue.traces.recorder import Recorder
 from monologue.traces.schema import Record
 from monologue.traces.store import RunError, RunWriter
@@ -157,15 +158,20 @@ async def aplay(
     score: Callable[[Problem, str | None], float] = exact_match,
     config: Mapping[str, Any] | None = None,
     listener: Callable[[Record], None] | None = None,
+    capture: Capture = "all",
+    redact: Redact | None = None,
 ) -> Summary:
     """Plays ``samples`` episodes of each problem into the run folder and returns what came of them.
 
     ``max_turns`` bounds the actions of the seat that concludes. ``score`` is the task's rule. ``config`` is kept in run.json.
-    ``listener`` is told of each record once it is on disk.
+    ``listener`` is told of each record once it is on disk. ``capture="shape"`` keeps text, ids and pictures off the disk, ``redact``
+    sees every text before it is written.
     Raises GraphError for what does not fit together, RunError where the run cannot be written.
     """
     chosen = find(graph) if isinstance(graph, str) else graph
     _check(chosen, seats, control, samples, concurrency, max_turns)
+    if capture not in ("all", "shape"):
+        raise GraphError(f"capture must be 'all' or 'shape', got {capture!r}")
     problems = list(problems) if control else problems
     settings = {
         **(config or {}),
@@ -174,6 +180,7 @@ async def aplay(
         "seed": seed,
         "max_turns": max_turns,
         "control": control,
+        "capture": capture,
         "seats": {role: _named(seats[role]) for role in chosen.roles},
     }
     pairs = partners(problems, seed) if isinstance(problems, list) and control else {}
@@ -182,7 +189,7 @@ async def aplay(
     done = earlier(run, settings) if resume else {}
     writer = run if isinstance(run, RunWriter) else RunWriter(Path(run), settings, resume=resume)
     writer.listener = listener or writer.listener
-    table = Table(chosen, seats, Recorder(writer), score, seed, max_turns, Toolbox(tools), control, pairs)
+    table = Table(chosen, seats, Recorder(writer, capture=capture, redact=redact), score, seed, max_turns, Toolbox(tools), control, pairs)
     summary = Summary()
     total = len(problems) * samples if isinstance(problems, Sized) else None
     try:
@@ -233,7 +240,8 @@ def _jobs(
         for sample in range(samples):
             before = done.get((problem.id, sample))
             if before is not None and before.ended is not None:
-                ended(met_again(before.ended, problem, table.judge(problem, before.ended.answer)), True)
+                score = table.judge(problem, before.ended.answer) if before.captured else before.ended.score
+                ended(met_again(before.ended, problem, score), True)
             else:
                 yield Job(problem, sample, before.attempts if before else 0)
 

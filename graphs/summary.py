@@ -10,10 +10,11 @@ from typing import Any
 
 from monologue.graphs.state import GraphError
 from monologue.tasks.base import Problem, Score, summarize
+from monologue.traces import names
 from monologue.traces.store import Episode, RunReader, RunWriter
 
 FIXED = (
-    *("graph", "seed", "max_turns", "control", "seats"),
+    *("graph", "seed", "max_turns", "control", "capture", "seats"),
     *("task", "split", "families", "questioner", "answerer", "temperature", "top_p", "max_tokens"),
 )
 """Settings that may not change when a run is resumed."""
@@ -101,6 +102,8 @@ class Earlier:
     """How often it was begun."""
     ended: Played | None
     """How it ended, where it ended well; the problem's facts are filled in when it is met again."""
+    captured: bool = True
+    """Its answer is there to be judged again; otherwise the score that was recorded stands."""
 
 
 def earlier(run: str | Path | RunWriter, settings: Mapping[str, Any]) -> dict[tuple[str, int], Earlier]:
@@ -125,14 +128,16 @@ def earlier(run: str | Path | RunWriter, settings: Mapping[str, Any]) -> dict[tu
             key = (start.problem_id, start.sample_index)
             last = found.get(key, Earlier(0, None))
             ended = _ended(episode) if episode.complete else last.ended
-            found[key] = Earlier(max(last.attempts, start.attempt + 1), ended)
+            found[key] = Earlier(max(last.attempts, start.attempt + 1), ended, last.captured and "capture" not in start.extra)
     return found
 
 
 def _ended(episode: Episode) -> Played:
     start, end = episode.start, episode.end
     assert end is not None
-    lengths = {call.stream: len(call.prompt_ids) + len(call.sampled_ids) for call in episode.calls()}
+    counted = [span.attributes for span in episode.spans if names.INPUT_TOKENS in span.attributes]
+    lengths = {facts[names.STREAM]: int(facts[names.INPUT_TOKENS]) + int(facts[names.OUTPUT_TOKENS]) for facts in counted}
+    scores = [note.value for note in episode.annotations if note.name == "exact_match" and note.span_id is None]
     return Played(
         problem_id=start.problem_id,
         family=start.family,
@@ -141,6 +146,7 @@ def _ended(episode: Episode) -> Played:
         attempt=start.attempt,
         status="ok",
         answer=end.answer,
+        score=scores[-1] if scores else None,
         turns=end.turns,
         tokens=sum(lengths.values()),
         seconds=(end.ended_ns - start.started_ns) / 1e9,

@@ -1,4 +1,4 @@
-"""The command line: ``monologue play | eval | verify | view | serve | train | tasks``.
+"""The command line: ``monologue play | eval | verify | view | export | import | serve | train | tasks``.
 
 Exit codes: 0 all went well; 1 some episodes failed, or a check did not hold; 2 bad use (one sentence says what was expected);
 130 stopped by Ctrl-C, with every finished episode kept. Errors that are nobody's fault but ours show their traceback.
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from monologue import commands
+from monologue import commands, exports
 from monologue.version import __version__
 
 STAGES = ("starter", "imitate")
@@ -28,6 +28,8 @@ def parser() -> argparse.ArgumentParser:
     _verify(verbs.add_parser("verify", help="check that a run is complete and consistent"))
     _view(verbs.add_parser("view", help="look at a run in the terminal"))
     _serve(verbs.add_parser("serve", help="start SGLang servers for the policies"))
+    _export(verbs.add_parser("export", help="hand a run to another tool: OTLP, Phoenix, inspect"))
+    _import(verbs.add_parser("import", help="read a run back from an OTLP-JSON export"))
     _train(verbs.add_parser("train", help="train a policy from a recipe"))
     _tasks(verbs.add_parser("tasks", help="list tasks, or show some problems of one"))
     return top
@@ -67,6 +69,9 @@ def _play(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, metavar="RUN", help="run folder (default: a new one under runs/)")
     command.add_argument("--control", choices=commands.CONTROLS)
     command.add_argument("--live", action="store_true", help="show every turn as it comes, one episode after another")
+    command.add_argument("--capture", choices=("all", "shape"), default="all", help="shape: no text, token ids or pictures on disk")
+    command.add_argument("--otlp", metavar="URL", help="send each finished episode to this collector, e.g. http://127.0.0.1:6006")
+    exports.add_collector(command)
     command.add_argument("--no-resume", action="store_true", help="refuse a run folder that exists")
     command.add_argument("--image", type=Path, metavar="FILE", help="your own picture")
     command.add_argument("--question", metavar="TEXT", help="your own question about --image")
@@ -120,6 +125,21 @@ def _serve(command: argparse.ArgumentParser) -> None:
     command.add_argument("--logs", type=Path, default=Path("runs/serve"), metavar="DIR")
     command.add_argument("--wait", type=float, default=600.0, metavar="SECONDS", help="for a server to answer")
     command.set_defaults(run=commands.serve)
+
+
+def _export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", type=Path, metavar="RUN")
+    command.add_argument("--to", required=True, choices=exports.TARGETS, help="otlp-json and inspect write a file, the others send")
+    command.add_argument("--out", type=Path, metavar="FILE", help="file to be written")
+    command.add_argument("--endpoint", metavar="URL", help="server to be sent to, e.g. http://127.0.0.1:6006")
+    exports.add_collector(command)
+    command.set_defaults(run=exports.export)
+
+
+def _import(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", type=Path, metavar="FILE", help="what 'monologue export --to otlp-json' wrote")
+    command.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder to be made")
+    command.set_defaults(run=exports.import_run)
 
 
 def _train(command: argparse.ArgumentParser) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from monologue.tasks.own import own_problem
 from monologue.tasks.shapes import Looks, Shapes
 from monologue.traces.images import PictureError, open_picture
 from monologue.traces.store import RunError
+from monologue.uploads import uploads
 from monologue.usage import UsageError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def user_errors() -> tuple[type[Exception], ...]:
         "monologue.backends.base": "BackendError",
         "monologue.training.recipe": "RecipeError",
         "monologue.training.collate": "RowError",
+        "monologue.traces.extras": "ExportError",
     }
     found = [getattr(sys.modules[module], name) for module, name in wanted.items() if module in sys.modules]
     return (UsageError, TaskError, PictureError, RunError, *found)
@@ -45,14 +46,18 @@ def user_errors() -> tuple[type[Exception], ...]:
 def play(options: argparse.Namespace) -> int:
     """Plays problems of a task, or one of your own, into a run folder."""
     warn_of_uploads()
+    if options.live and options.capture == "shape":
+        raise UsageError("--live shows what --capture shape keeps out; give one of them")
     task = task_of(options)
     problems = problems_of(options, task)
+    from monologue.exports import listeners
     from monologue.graphs.play import play as play_graph
     from monologue.live import Live
     from monologue.seating import config_of, seats
 
     out = options.out or new_run(options.graph)
-    with seats(options.graph, options) as taken:
+    shown = Live(out) if options.live else None
+    with listeners(out, shown, options) as listener, seats(options.graph, options) as taken:
         summary = play_graph(
             options.graph,
             problems,
@@ -67,7 +72,8 @@ def play(options: argparse.Namespace) -> int:
             progress=not options.live,
             resume=not options.no_resume,
             config=config_of(options),
-            listener=Live(out) if options.live else None,
+            listener=listener,
+            capture=options.capture,
         )
     report(summary, out, options)
     return 1 if summary.failed else 0
@@ -123,13 +129,9 @@ def report(summary: Summary, out: Path, options: argparse.Namespace) -> None:
 
 
 def warn_of_uploads() -> None:
-    """One line when the environment would send prompts to a third party."""
-    for name in ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2"):
-        if os.environ.get(name, "").lower() in ("true", "1"):
-            print(
-                f"monologue: {name} is set, so LangGraph sends prompts to its maker's service; unset it to keep them here",
-                file=sys.stderr,
-            )
+    """One line for everything in the environment that would send prompts to a third party."""
+    for line in uploads():
+        print(f"monologue: {line}", file=sys.stderr)
 
 
 def evaluate(options: argparse.Namespace) -> int:

@@ -34,8 +34,11 @@ def starter(role: str, graph: str = "monologue") -> Path:
 
 def config_of(options: argparse.Namespace) -> dict[str, Any]:
     """The options as they stand in run.json, with the command and the version."""
-    left_out = ("run", "out", "verb", "json", "live", "no_resume", "concurrency", "n", "samples")
+    left_out = ("run", "out", "verb", "json", "live", "no_resume", "concurrency", "n", "samples", "otlp", "protocol", "project")
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items() if key not in left_out}
+    if getattr(options, "capture", "all") == "shape" and options.image is not None:
+        plain |= {"image": None, "question": None, "choices": None}
+        return {**plain, "command": "monologue play (its problem was not captured)", "version": __version__}
     return {**plain, "command": "monologue " + " ".join(sys.argv[1:]), "version": __version__}
 
 

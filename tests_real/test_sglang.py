@@ -6,7 +6,7 @@ import asyncio
 import json
 import shutil
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,30 @@ from monologue.seating import starter
 from monologue.tasks.shapes import Shapes
 from monologue.traces.store import RunReader
 
+ROOT = Path(__file__).parent.parent
+PYTHON = ROOT / ".venv-sglang" / "bin" / "python"
 EOS = 2
 GREEDY = Sampling(temperature=0.0, max_tokens=16, stop_ids=(EOS,))
+
+
+@pytest.fixture(scope="session")
+def sglang_python() -> str:
+    """The Python in which SGLang is installed."""
+    assert PYTHON.is_file(), "SGLang is not installed; run tests_real/install_sglang.sh (make test-sglang does)"
+    return str(PYTHON)
+
+
+@pytest.fixture(scope="session")
+def servers(sglang_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
+    """A real SGLang server for each starter policy."""
+    logs, started = tmp_path_factory.mktemp("logs"), dict[str, Server]()
+    try:
+        for role in ("questioner", "answerer"):
+            started[role] = launch(str(starter(role)), python=sglang_python, device="cpu", log=logs / f"{role}.log")
+        yield started
+    finally:
+        for server in started.values():
+            server.stop()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 LARGEST_FILE = 20 * 2**20
 """Bytes."""
 MOST_PIXELS = 40_000_000
+REFERENCE = re.compile(r"images/([0-9a-f]{64})\.png")
+"""How a message names a stored picture."""
 
 
 class PictureError(ValueError):

@@ -33,7 +33,8 @@ from PIL.Image import Image
 
 from monologue.traces import names
 from monologue.traces.images import Picture, digest, png_bytes
-from monologue.traces.schema import SCHEMA_VERSION, Annotation, EpisodeEnd, EpisodeStart, SpanEvent, SpanRecord, attributes_of
+from monologue.traces.privacy import Capture, Privacy, Redact
+from monologue.traces.schema import SCHEMA_VERSION, Annotation, EpisodeEnd, EpisodeStart, SpanEvent, SpanRecord
 from monologue.traces.store import RunWriter
 
 LIMITS = SpanLimits(max_attributes=512, max_events=4096, max_attribute_length=None)
@@ -77,9 +78,12 @@ class LineProcessor(SpanProcessor):
 class Recorder:
     """Episodes of one process into one run."""
 
-    def __init__(self, run: RunWriter, extra_processors: Sequence[SpanProcessor] = ()) -> None:
-        """``extra_processors`` see every span too, e.g. an OTLP exporter's."""
+    def __init__(
+        self, run: RunWriter, extra_processors: Sequence[SpanProcessor] = (), *, capture: Capture = "all", redact: Redact | None = None
+    ) -> None:
+        """``extra_processors`` see every span too, e.g. an OTLP exporter's. Of ``capture`` and ``redact`` tells traces/privacy.py."""
         self.run = run
+        self.privacy = Privacy(capture, redact)
         resource = Resource.create({"service.name": "monologue", "openinference.project.name": "monologue", names.RUN: run.run_id})
         self._provider = TracerProvider(resource=resource, span_limits=LIMITS, shutdown_on_exit=False)
         for processor in (LineProcessor(run), *extra_processors):
@@ -131,7 +135,7 @@ class Recorder:
             family=family,
             extra=dict(extra or {}),
         )
-        return EpisodeRecorder(self, start, root)
+        return EpisodeRecorder(self, self.privacy.start(start), root)
 
 
 class EpisodeRecorder:
@@ -140,7 +144,7 @@ class EpisodeRecorder:
     def __init__(self, recorder: Recorder, start: EpisodeStart, root: Any) -> None:
         self.start = start
         self.id = start.episode_id
-        self._recorder, self._root = recorder, root
+        self._recorder, self._root, self._privacy = recorder, root, recorder.privacy
         self._base: dict[str, Any] = {
             names.EPISODE: self.id,
             names.CONVERSATION: self.id,
@@ -150,6 +154,7 @@ class EpisodeRecorder:
         self._seq = itertools.count()  # of threads too
         self._written = self._calls = self._tools = 0
         self._streams: dict[str, tuple[tuple[int, ...], int, str]] = {}
+        self._redacted: set[str] = set()
         self._turns: dict[str, int] = {}
         self._answer: str | None = None
         self._finished = False
@@ -163,7 +168,7 @@ class EpisodeRecorder:
             error = RuntimeError("the episode was left without finish()")
         status = "ok" if error is None else "cancelled" if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt)) else "failed"
         if error is not None:
-            self._root.set_status(Status(StatusCode.ERROR, described(error)))
+            self._root.set_status(Status(StatusCode.ERROR, self._privacy.error(error)))
         self._root.end()
         self._recorder.run.write(
             EpisodeEnd(
@@ -171,7 +176,7 @@ class EpisodeRecorder:
                 ended_ns=time.time_ns(),
                 status=status,  # type: ignore[arg-type]
                 answer=self._answer,
-                error=None if error is None else described(error),
+                error=None if error is None else self._privacy.error(error),
                 calls=self._calls,
                 spans=self._written,
                 turns=self._calls + self._tools,
@@ -181,14 +186,15 @@ class EpisodeRecorder:
             raise error
 
     def store(self, image: Image) -> Picture:
-        """Keeps a picture in the run and returns it with its hash. Raises RunError."""
+        """Keeps a picture in the run and returns it with its hash; the shape of a run is without pictures. Raises RunError."""
         png = png_bytes(image)
-        self._recorder.run.keep(png)
+        if self._privacy.capture == "all":
+            self._recorder.run.keep(png)
         return Picture(digest(png), image)
 
     def finish(self, answer: str | None) -> None:
         """The graph has run to its end, with this answer or None."""
-        self._answer, self._finished = answer, True
+        self._answer, self._finished = None if answer is None else self._privacy.text(answer), True
 
     def annotate(
         self,
@@ -203,7 +209,8 @@ class EpisodeRecorder:
         source: str,
     ) -> None:
         """A reward or remark about this episode or one of its spans."""
-        facts = {"name": name, "value": value, "text": text, "weight": weight, "scope": scope, "role": role, "source": source}
+        said = None if text is None else self._privacy.text(text)
+        facts = {"name": name, "value": value, "text": said, "weight": weight, "scope": scope, "role": role, "source": source}
         note = Annotation(episode_id=self.id, span_id=span_id, created_ns=time.time_ns(), **facts)  # type: ignore[arg-type]
         self._recorder.run.annotate(note)
 
@@ -215,7 +222,7 @@ class EpisodeRecorder:
         facts = {names.KIND: "policy", names.AGENT: role, names.ROLE: role, names.STREAM: stream, names.NODE: node, names.TURN: turn}
         with self._span(f"chat {role}", facts, parent) as span:
             self._calls += 1
-            call = PolicySpan(span, self._streams, stream)
+            call = PolicySpan(span, self._streams, stream, self._privacy, self._redacted)
             try:
                 yield call
             finally:
@@ -225,21 +232,19 @@ class EpisodeRecorder:
     @contextmanager
     def tool(self, *, name: str, arguments: Mapping[str, Any], node: str, parent: Any = None) -> Iterator[ToolSpan]:
         """A tool call."""
-        facts = {
-            names.KIND: "tool",
-            names.NODE: node,
-            names.OPERATION: "execute_tool",
-            names.TOOL_NAME: name,
-            names.TOOL_ARGUMENTS: json.dumps(arguments, ensure_ascii=False, default=str),
-        }
+        facts = {names.KIND: "tool", names.NODE: node, names.OPERATION: "execute_tool", names.TOOL_NAME: name}
+        given = json.dumps(arguments, ensure_ascii=False, default=str)
+        shown = given if self._privacy.open else self._privacy.arguments(given)
+        facts |= {names.CAPTURE: "shape"} if shown is None else {names.TOOL_ARGUMENTS: shown}
         with self._span(f"execute_tool {name}", facts, parent) as span:
             self._tools += 1
             call = ToolSpan(span)
             try:
                 yield call
             finally:
-                if call.result is not None:
-                    span.set_attribute(names.TOOL_RESULT, call.result)
+                result = None if call.result is None else self._privacy.text(call.result)
+                if result is not None:
+                    span.set_attribute(names.TOOL_RESULT, result)
 
     @contextmanager
     def step(self, *, name: str, facts: Mapping[str, str | int | float | bool], parent: Any = None) -> Iterator[Any]:
@@ -257,8 +262,9 @@ class EpisodeRecorder:
         try:
             yield span
         except BaseException as error:
-            span.set_status(Status(StatusCode.ERROR, described(error)))
-            span.set_attributes({names.ERROR_TYPE: type(error).__name__, names.ERROR: described(error)})
+            told = self._privacy.error(error)
+            span.set_status(Status(StatusCode.ERROR, told))
+            span.set_attributes({names.ERROR_TYPE: type(error).__name__, names.ERROR: told})
             raise
         finally:
             self._written += 1
@@ -268,10 +274,13 @@ class EpisodeRecorder:
 class PolicySpan:
     """A policy call being made."""
 
-    def __init__(self, span: Any, streams: dict[str, tuple[tuple[int, ...], int, str]], stream: str) -> None:
+    def __init__(
+        self, span: Any, streams: dict[str, tuple[tuple[int, ...], int, str]], stream: str, privacy: Privacy, redacted: set[str]
+    ) -> None:
         self.edge: str | None = None
         """Name of the edge taken after the call."""
         self._span, self._streams, self._stream = span, streams, stream
+        self._privacy, self._redacted = privacy, redacted
 
     @property
     def span(self) -> Any:
@@ -285,7 +294,7 @@ class PolicySpan:
         prefix, cause = (None, None) if before is None else shared_prefix(prompt, *before, call["template_hash"])
         delta = prompt[prefix or 0 :]
         facts = {**call, "prompt_delta": delta, "prompt_length": len(prompt), "prefix_length": prefix, "prefix_break": cause}
-        self._span.set_attributes(attributes_of(facts))
+        self._span.set_attributes(self._privacy.call(facts, self._redacted, self._stream))
         self._streams[self._stream] = (prompt + sampled, len(prompt), call["template_hash"])
 
 
@@ -311,8 +320,3 @@ def shared_prefix(prompt: tuple[int, ...], before: tuple[int, ...], boundary: in
     if same == len(prompt):
         return 0, "truncated"
     return 0, "retokenised" if same >= boundary else "context edited"
-
-
-def described(error: BaseException) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {error}"

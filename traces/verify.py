@@ -8,6 +8,7 @@
     lengths        ids, log-probs and mask of a call have one length; log-probs are finite and not above zero
     placeholders   each picture's placeholders lie in the prompt as one run of one id, as many as the grid allows
     pictures       each picture is stored, decodes, has its hash and its size
+    content        each call that ended well has its ids, or says why they were not captured; how many were not is told
 
 The check that recomputes log-probs (replay) needs the policy and stands elsewhere.
 """
@@ -20,7 +21,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from monologue.traces import names
 from monologue.traces.images import PictureError, decode, digest
+from monologue.traces.privacy import IDS, SAID
 from monologue.traces.schema import PolicyCall
 from monologue.traces.store import Episode, RunError, RunReader
 
@@ -67,7 +70,7 @@ def verify(run: str | Path) -> list[Check]:
 class Inspection:
     """Counts and breaches, rule by rule, as episodes go by."""
 
-    RULES = ("episodes", "spans", "parents", "prefix", "lengths", "placeholders", "pictures")
+    RULES = ("episodes", "spans", "parents", "prefix", "lengths", "placeholders", "pictures", "content")
 
     def __init__(self, reader: RunReader) -> None:
         self.reader = reader
@@ -75,6 +78,7 @@ class Inspection:
         self.broken: Counter[str] = Counter()
         self.first: dict[str, Breach] = {}
         self.breaks: Counter[str] = Counter()
+        self.withheld: Counter[str] = Counter()
         self._pictures: dict[str, str | None] = {}
 
     def look(self, episode: Episode) -> None:
@@ -83,6 +87,8 @@ class Inspection:
         self._apply("episodes", 1, _ended(episode))
         self._apply("spans", len(episode.spans), _counted(episode))
         self._apply("parents", len(episode.spans), _parented(episode))
+        self.withheld.update(str(span.attributes[names.CAPTURE]) for span in episode.spans if names.CAPTURE in span.attributes)
+        self._apply("content", sum(span.kind == "policy" for span in episode.spans), _held(episode))
         try:
             calls = episode.calls()
         except (ValueError, KeyError) as error:
@@ -126,13 +132,29 @@ class Inspection:
         """One Check per rule."""
         return [self._check(rule) for rule in self.RULES]
 
+    def _note(self, rule: str) -> str | None:
+        counts = {"prefix": self.breaks, "content": self.withheld}.get(rule)
+        if not counts:
+            return None
+        told = ", ".join(f"{count} {cause}" for cause, count in sorted(counts.items()))
+        return f"breaks: {told}" if rule == "prefix" else f"not captured, so not checked: {told}"
+
     def _check(self, rule: str) -> Check:
         broken = self.broken[rule]
-        note = ", ".join(f"{count} {cause}" for cause, count in sorted(self.breaks.items())) if rule == "prefix" else ""
         if not broken:
-            return Check(rule, True, self.seen[rule], None, f"breaks: {note}" if note else None)
+            return Check(rule, True, self.seen[rule], None, self._note(rule))
         span, detail = self.first[rule]
         return Check(rule, False, broken, span, f"{detail} ({span})")
+
+
+def _held(episode: Episode) -> Iterator[Breach]:
+    for span in episode.spans:
+        mark, facts = span.attributes.get(names.CAPTURE), span.attributes
+        if mark is None and span.kind == "policy" and span.status == "ok" and names.SAMPLED_IDS not in facts:
+            yield span.span_id, "the call ended well, but has no ids"
+        found = [name for name in (IDS + SAID if mark == "shape" else IDS if mark else ()) if name in facts]
+        if found or (mark and facts.get(names.TRAINABLE)):
+            yield span.span_id, f"its content was not to be captured ({mark}), but it has {', '.join(found) or 'leave to be trained on'}"
 
 
 def _ended(episode: Episode) -> Iterator[Breach]:
