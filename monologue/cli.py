@@ -1,4 +1,4 @@
-"""The command line: ``monologue play | eval | verify | view | train | tasks``.
+"""The command line: ``monologue play | eval | verify | view | train | export | tasks``.
 
 Exit codes: 0 all went well; 1 some episodes failed, or a check did not hold; 2 bad use (one sentence says what was expected);
 130 stopped by Ctrl-C, with every finished episode kept. Errors that are nobody's fault but ours show their traceback.
@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     _verify(verbs.add_parser("verify", help="check that a run is complete and consistent"))
     _view(verbs.add_parser("view", help="look at a run in the terminal"))
     _train(verbs.add_parser("train", help="train a policy from a recipe"))
+    _export_rows(verbs.add_parser("export", help="hand a run to other tools in the shapes that they document"))
     _tasks(verbs.add_parser("tasks", help="list tasks, or show some problems of one"))
     return top
 
@@ -111,6 +112,20 @@ def _train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--only", nargs="+", metavar="STAGE", help="run these stages of the recipe only, e.g. after --start")
     command.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     command.set_defaults(run=commands.train)
+
+
+def _export_rows(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", type=Path, metavar="RUN")
+    command.add_argument("--to", required=True, choices=commands.ROW_EXPORTS, help="whose shape")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files")
+    command.add_argument(
+        "--role", action="append", metavar="ROLE", help="this seat only; may be given again (default: all that are trained)"
+    )
+    command.add_argument("--keep", choices=("all", "solved"), help="which episodes (default: solved for trl and verl, all for verifiers)")
+    command.add_argument(
+        "--shape", choices=("ids", "messages"), help="trl: exact ids (default; text only), or messages and pictures that TRL tokenises anew"
+    )
+    command.set_defaults(run=commands.export_rows)
 
 
 def _tasks(command: argparse.ArgumentParser) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from monologue.graphs.summary import Summary
 
 BACKENDS = ("transformers", "scripted")
+ROW_EXPORTS = ("trl", "verl", "verifiers")
 CONTROLS = ("shuffle-answers", "wrong-picture")
 TASKS: dict[str, Callable[[], Task]] = {"shapes": Shapes, "looks": Looks}
 
@@ -37,6 +38,8 @@ def user_errors() -> tuple[type[Exception], ...]:
         "monologue.backends.base": "BackendError",
         "monologue.training.recipe": "RecipeError",
         "monologue.training.collate": "RowError",
+        "monologue.training.dataset": "MissingExtra",
+        "monologue.training.exports.common": "ExportError",
     }
     found = [getattr(sys.modules[module], name) for module, name in wanted.items() if module in sys.modules]
     return (UsageError, TaskError, PictureError, RunError, *found)
@@ -261,6 +264,29 @@ def train_imitate(options: argparse.Namespace) -> int:
     first, last = (report["curve"][end]["loss"] for end in (0, -1))
     print(f"{report['rows']} rows, {report['sampled']} sampled ids, loss {first:.3f} to {last:.3f}, written to {out}")
     print(f"play:  monologue play --{recipe.role} {out}")
+    return 0
+
+
+def export_rows(options: argparse.Namespace) -> int:
+    """Writes the rows of a run for another trainer, and says what was written and what was left out."""
+    if options.shape is not None and options.to != "trl":
+        raise UsageError(f"--shape belongs to --to trl; {options.to} has shapes of its own")
+    if options.to == "trl":
+        from monologue.training.exports.trl import to_trl
+
+        found = to_trl(options.folder, options.out, options.role, options.keep or "solved", options.shape or "ids")
+    elif options.to == "verl":
+        from monologue.training.exports.verl import to_verl
+
+        found = to_verl(options.folder, options.out, options.role, options.keep or "solved")
+    else:
+        from monologue.training.exports.verifiers import to_verifiers
+
+        found = to_verifiers(options.folder, options.out, options.role, options.keep or "all")
+    for name, count in found.files.items():
+        print(f"{count:6d}  {options.out / name}")
+    for cause, count in sorted(found.left_out.items()):
+        print(f"left out, {cause}: {count}")
     return 0
 
 

@@ -46,6 +46,7 @@ def to_trl(run: str | Path, out: str | Path, roles: Iterable[str] | None = None,
     report, reader = Report(), RunReader(run)
     for role, sees in chosen(reader, roles).items():
         rows = told(reader, role, keep, report)
+        examples: Iterable[dict[str, Any]]
         if shape == "ids":
             name, features, examples = f"{safe(role)}.parquet", _id_features(datasets), (_ids(one.row) for one in rows)
         else:
