@@ -3,8 +3,8 @@
 An assistant message is the parsed action in the words that chat models use (a reply as it is, a call as ``<tool_call>`` with JSON);
 a reply that did not parse stands as it was said. Choices follow their question on a line of their own.
 
-Left out: rows whose prompt no list of messages tells (a stream that broke, or that grew over a failed try); they are counted. The
-schemas of tools are not among a trace's messages: hand them to the trainer as its ``tools``.
+Left out: rows that messages cannot tell or would teach wrongly (``unsayable``); exports count them by cause. The schemas of tools
+are not among a trace's messages: hand them to the trainer as its ``tools``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from typing import Any
 
 from monologue.traces.schema import PolicyCall
 from monologue.training.exports.common import Told
-
-NOT_A_DIALOGUE = "row that no list of messages tells"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +30,17 @@ class Turn:
     """Hashes of the pictures shown before the words."""
 
 
-def is_dialogue(one: Told) -> bool:
-    """The row's calls are all that its stream ever said, so their messages are all that it ever heard."""
+def unsayable(one: Told) -> str | None:
+    """Why no list of messages says what this row says; None where one does."""
     turns = [call.turn for call in one.calls]
     shown = sum(len(turn.pictures) for call in one.calls for turn in heard(call))
-    return turns == list(range(len(turns))) and shown == len(one.row.images)
+    if turns != list(range(len(turns))) or shown != len(one.row.images) or not all(call.messages for call in one.calls):
+        return "row whose prompt is known as ids only (its stream broke, or grew over a failed try)"
+    if any(not all(piece.loss_mask) for piece in one.row.pieces):
+        return "row with ids that must not be trained on, which messages cannot mark"
+    if any(call.truncated for call in one.calls):
+        return "row with a reply that was cut off, which a template would end"
+    return None
 
 
 def dialogue(one: Told) -> list[Turn]:

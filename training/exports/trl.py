@@ -5,7 +5,8 @@ Rows of text go over exactly: TRL takes data sets that are tokenised already, an
 TRL cuts what is longer than 1024 ids, and ``packing=False`` to keep rows apart.
 
 Rows with pictures cannot: TRL's vision collator makes ids of messages and pictures anew, by the checkpoint's own chat template. The
-shape ``messages`` hands over what it takes, under the name ``ROLE.retokenised.parquet``; it is never chosen for you.
+shape ``messages`` hands over what it takes, under the name ``ROLE.retokenised.parquet``; it is never chosen for you. Train it with
+``assistant_only_loss=True`` and a template that marks its replies, or TRL puts the loss on the questions too.
 
 Left out: log-probs and rewards, which ``SFTTrainer`` has no place for.
 """
@@ -30,7 +31,7 @@ from monologue.training.exports.common import (
     told,
     write_parquet,
 )
-from monologue.training.exports.dialogue import NOT_A_DIALOGUE, Turn, dialogue, is_dialogue
+from monologue.training.exports.dialogue import Turn, dialogue, unsayable
 from monologue.training.rows import Row
 
 Shape = Literal["ids", "messages"]
@@ -72,8 +73,9 @@ def _ids(row: Row) -> dict[str, Any]:
 
 def _dialogues(rows: Iterable[Told], reader: RunReader, report: Report, sees: bool) -> Iterator[dict[str, Any]]:
     for one in rows:
-        if not is_dialogue(one):
-            report.left_out[f"{one.row.role}: {NOT_A_DIALOGUE}"] += 1
+        cause = unsayable(one)
+        if cause is not None:
+            report.left_out[f"{one.row.role}: {cause}"] += 1
             continue
         turns = dialogue(one)
         pictures = {"images": [picture_file(reader, name) for turn in turns for name in turn.pictures]} if sees else {}

@@ -32,7 +32,7 @@ from monologue.training.exports.common import (
     told,
     write_parquet,
 )
-from monologue.training.exports.dialogue import NOT_A_DIALOGUE, Turn, dialogue, heard, is_dialogue
+from monologue.training.exports.dialogue import Turn, dialogue, heard, unsayable
 
 PLACES = ("<image>", "<video>", "<audio>")
 """What verl reads as the place of a picture, film or sound."""
@@ -87,11 +87,12 @@ def _problem(episode: Episode, turns: Sequence[Turn], reader: RunReader, index: 
 
 def _dialogues(rows: Iterable[Told], reader: RunReader, report: Report, sees: bool) -> Iterator[dict[str, Any]]:
     for one in rows:
-        if is_dialogue(one):
+        cause = unsayable(one)
+        if cause is None:
             turns = dialogue(one)
             yield {**origin(one.row), "messages": [_message(turn) for turn in turns], **_pictures(turns, reader, sees)}
         else:
-            report.left_out[f"{one.row.role}: {NOT_A_DIALOGUE}"] += 1
+            report.left_out[f"{one.row.role}: {cause}"] += 1
 
 
 def _message(turn: Turn) -> dict[str, str]:
