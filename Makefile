@@ -7,7 +7,7 @@ ROOMS := agents backends graphs tasks traces training
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-real check links figures clean
+.PHONY: demo test test-real test-trainers check links figures clean
 
 .venv/installed: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv .venv
@@ -27,7 +27,13 @@ test: .venv/dev
 	$(BIN)/python -m pytest -q
 
 # Real servers and browsers arrive with the parts that need them; each installs itself by its own script.
-test-real: test
+test-real: test test-trainers
+
+.venv-trainers/done: tests_real/install_trainers.sh
+	PYTHON=$(PYTHON) sh tests_real/install_trainers.sh .venv-trainers
+
+test-trainers: .venv/dev .venv-trainers/done
+	$(BIN)/python -m pytest -q -rs tests_real/test_trainers.py
 
 links:
 	@mkdir -p .links/monologue
@@ -41,7 +47,7 @@ check: .venv/dev links
 	$(BIN)/python -m pytest -q
 
 clean:
-	rm -rf .venv .links build *.egg-info runs
+	rm -rf .venv .venv-trainers .links build *.egg-info runs
 
 # Every figure of the README, from the shipped weights, on problems that no training has seen.
 EVAL := $(BIN)/monologue eval

@@ -15,8 +15,10 @@ pip="$venv/bin/pip --disable-pip-version-check --quiet install"
 rm -rf "$venv/missing" "$venv/verl" "$venv/done"
 mkdir -p "$venv/missing" "$venv/verl"
 
-$pip torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu || exit 1
-$pip "$transformers" accelerate 'datasets>=4.7' pillow torchvision || $pip "$transformers" accelerate 'datasets>=4.7' pillow || exit 1
+cpu=https://download.pytorch.org/whl/cpu
+"$venv/bin/python" -c "import urllib.request; urllib.request.urlopen('$cpu/torch/', timeout=10)" 2>/dev/null || cpu=
+$pip torch==2.13.0 ${cpu:+--extra-index-url "$cpu"} || exit 1 # 2.13.0+cpu is newer to pip than 2.13.0
+$pip "$transformers" accelerate 'datasets>=4.7' pillow || exit 1
 
 # check TOOL MODULE [PYTHONPATH]: it imports, or the reason is kept
 check() {
@@ -34,6 +36,11 @@ $pip ray peft pylatexenc tensorboard codetiming hydra-core 'tensordict>=0.8,<=0.
 $pip --no-deps verl==0.9.1 qwen-vl-utils
 $pip --no-deps --target "$venv/verl" 'transformers>=5.5.3,!=5.6.0,<5.11' 'tokenizers>=0.22,<0.23' 'huggingface-hub<2'
 check verl verl.utils.dataset.multiturn_sft_dataset "$venv/verl"
+
+# verl looks at pictures through torchvision, which must be the CPU build that goes with torch: another one breaks what is here
+$pip --no-deps torchvision==0.28.0 ${cpu:+--extra-index-url "$cpu"}
+check torchvision torchvision
+test -f "$venv/missing/torchvision" && "$venv/bin/pip" --quiet uninstall --yes torchvision
 
 if "$venv/bin/pip" list 2>/dev/null | grep -i '^nvidia-'; then
     echo "install_trainers: CUDA packages came along; pin what pulled them in" >&2
