@@ -138,7 +138,7 @@ def _whole(path: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        raise ExportError(f"cannot write {str(path)!r}: {error.strerror}; name a folder that you may write to") from error
+        raise ExportError(f"cannot write {str(path)!r}: {error.strerror or error}; name a folder that you may write to") from error
     finally:
         partial.unlink(missing_ok=True)
 
