@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 # make test-real  the tests against real SGLang, Chromium, Phoenix ...
-.PHONY: demo test test-real test-sglang test-phoenix check links figures clean
+.PHONY: demo test test-real test-sglang test-phoenix test-trainers check links figures clean
 
 .venv/installed: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv .venv
@@ -28,7 +28,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest -q
 
 # Against real programs; each is installed by its own script into an environment of its own.
-test-real: test test-sglang test-phoenix
+test-real: test test-sglang test-phoenix test-trainers
 
 test-sglang: .venv/dev
 	tests_real/install_sglang.sh
@@ -39,6 +39,12 @@ test-sglang: .venv/dev
 
 test-phoenix: .venv-phoenix/installed
 	.venv-phoenix/bin/python -m pytest -q -p no:phoenix tests_real/test_phoenix.py tests_real/test_inspect.py
+
+.venv-trainers/done: tests_real/install_trainers.sh
+	PYTHON=$(PYTHON) sh tests_real/install_trainers.sh .venv-trainers
+
+test-trainers: .venv/dev .venv-trainers/done
+	$(BIN)/python -m pytest -q -rs tests_real/test_trainers.py
 
 links:
 	@mkdir -p .links/monologue
@@ -52,7 +58,7 @@ check: .venv/dev links
 	$(BIN)/python -m pytest -q
 
 clean:
-	rm -rf .venv .venv-phoenix .links build *.egg-info runs
+	rm -rf .venv .venv-* .links build *.egg-info runs
 
 # Every figure of the README, from the shipped weights, on problems that no training has seen.
 EVAL := $(BIN)/monologue eval

@@ -32,8 +32,8 @@ if _TYPE_CHECKING:
     from monologue.tasks.shapes import Looks, Shapes
     from monologue.traces.store import RunReader
     from monologue.training.dataset import as_dataset
-    from monologue.training.imitate import imitate, solved
-    from monologue.training.rows import read_rows
+    from monologue.training.imitate import imitate
+    from monologue.training.rows import read_rows, solved
 
 _PLACES = {
     "agents.load": ("load_policy", "seat"),
@@ -51,8 +51,8 @@ _PLACES = {
     "tasks.shapes": ("Looks", "Shapes"),
     "traces.store": ("RunReader",),
     "training.dataset": ("as_dataset",),
-    "training.imitate": ("imitate", "solved"),
-    "training.rows": ("read_rows",),
+    "training.imitate": ("imitate",),
+    "training.rows": ("read_rows", "solved"),
 }
 _HOMES = {name: place for place, names in _PLACES.items() for name in names}
 

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     _verify(verbs.add_parser("verify", help="check that a run is complete and consistent"))
     _view(verbs.add_parser("view", help="look at a run in the terminal"))
     _serve(verbs.add_parser("serve", help="start SGLang servers for the policies"))
-    _export(verbs.add_parser("export", help="hand a run to another tool: OTLP, Phoenix, inspect"))
+    _export(verbs.add_parser("export", help="hand a run to another tool: OTLP, Phoenix, inspect, TRL, verl, verifiers"))
     _import(verbs.add_parser("import", help="read a run back from an OTLP-JSON export"))
     _train(verbs.add_parser("train", help="train a policy from a recipe"))
     _tasks(verbs.add_parser("tasks", help="list tasks, or show some problems of one"))
@@ -129,10 +129,18 @@ def _serve(command: argparse.ArgumentParser) -> None:
 
 def _export(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", type=Path, metavar="RUN")
-    command.add_argument("--to", required=True, choices=exports.TARGETS, help="otlp-json and inspect write a file, the others send")
-    command.add_argument("--out", type=Path, metavar="FILE", help="file to be written")
+    command.add_argument(
+        "--to", required=True, choices=(*exports.TARGETS, *exports.TRAINERS), help="otlp and phoenix send, the others write"
+    )
+    command.add_argument("--out", type=Path, metavar="PATH", help="file to be written; for trl, verl and verifiers a folder")
     command.add_argument("--endpoint", metavar="URL", help="server to be sent to, e.g. http://127.0.0.1:6006")
     exports.add_collector(command)
+    command.add_argument(
+        "--role", action="append", metavar="ROLE", help="trainers: this seat only; may be given again (default: all trained)"
+    )
+    command.add_argument("--keep", choices=("all", "solved"), help="trainers: which episodes (default: solved; for verifiers all)")
+    shapes = "trl: exact ids (default; text only), or messages and pictures that TRL tokenises anew"
+    command.add_argument("--shape", choices=("ids", "messages"), help=shapes)
     command.set_defaults(run=exports.export)
 
 

@@ -38,6 +38,8 @@ def user_errors() -> tuple[type[Exception], ...]:
         "monologue.training.recipe": "RecipeError",
         "monologue.training.collate": "RowError",
         "monologue.traces.extras": "ExportError",
+        "monologue.training.dataset": "MissingExtra",
+        "monologue.training.exports.writing": "ExportError",
     }
     found = [getattr(sys.modules[module], name) for module, name in wanted.items() if module in sys.modules]
     return (UsageError, TaskError, PictureError, RunError, *found)
@@ -248,8 +250,9 @@ def train_starter(options: argparse.Namespace) -> int:
 def train_imitate(options: argparse.Namespace) -> int:
     """Imitation of what a role said in a run."""
     from monologue.seating import starter
-    from monologue.training.imitate import KEEP, Imitation, imitate
+    from monologue.training.imitate import Imitation, imitate
     from monologue.training.recipe import override, read_recipe
+    from monologue.training.rows import KEEP
 
     recipe = Imitation.read(override(read_recipe(options.recipe), options.set, Imitation.model_fields))
     if options.dry_run:

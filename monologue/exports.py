@@ -13,11 +13,16 @@ from monologue.usage import UsageError
 
 Listener = Callable[[Record], None]
 TARGETS = ("otlp-json", "otlp", "phoenix", "inspect")
+TRAINERS = ("trl", "verl", "verifiers")
 PROTOCOLS = ("http", "grpc")
 
 
 def export(options: argparse.Namespace) -> int:
     """Hands a run to another tool."""
+    if options.to in TRAINERS:
+        return _rows(options)
+    if options.role or options.keep or options.shape:
+        raise UsageError(f"--role, --keep and --shape choose rows for {', '.join(TRAINERS)}; --to {options.to} takes whole runs")
     file = options.to in ("otlp-json", "inspect")
     if file and options.out is None:
         raise UsageError(f"--to {options.to} writes a file; name it with --out FILE")
@@ -30,6 +35,33 @@ def export(options: argparse.Namespace) -> int:
     if options.to == "phoenix" and options.protocol == "grpc":
         raise UsageError("--to phoenix uses one http address for spans and rewards; for grpc give --to otlp")
     print({"otlp-json": _otlp_json, "otlp": _otlp, "phoenix": _phoenix, "inspect": _inspect}[options.to](options))
+    return 0
+
+
+def _rows(options: argparse.Namespace) -> int:
+    """Writes the rows of a run for another trainer, and says what was written and what was left out."""
+    if options.out is None:
+        raise UsageError(f"--to {options.to} writes files; name their folder with --out DIR")
+    if options.endpoint is not None or options.protocol is not None:
+        raise UsageError(f"--to {options.to} writes files; --endpoint and --protocol belong to otlp and phoenix")
+    if options.shape is not None and options.to != "trl":
+        raise UsageError(f"--shape belongs to --to trl; {options.to} has shapes of its own")
+    if options.to == "trl":
+        from monologue.training.exports.trl import to_trl
+
+        found = to_trl(options.folder, options.out, options.role, options.keep or "solved", options.shape or "ids")
+    elif options.to == "verl":
+        from monologue.training.exports.verl import to_verl
+
+        found = to_verl(options.folder, options.out, options.role, options.keep or "solved")
+    else:
+        from monologue.training.exports.verifiers import to_verifiers
+
+        found = to_verifiers(options.folder, options.out, options.role, options.keep or "all")
+    for name, count in found.files.items():
+        print(f"{count:6d}  {options.out / name}")
+    for cause, count in sorted(found.left_out.items()):
+        print(f"left out, {cause}: {count}")
     return 0
 
 

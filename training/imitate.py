@@ -28,15 +28,6 @@ from monologue.training.recipe import RecipeError
 from monologue.training.rows import Counts, Row, read_rows
 
 
-def solved(row: Row) -> bool:
-    """Rows of episodes whose answer was right."""
-    return row.reward("exact_match") == 1.0
-
-
-KEEP: dict[str, Callable[[Row], bool]] = {"all": lambda row: True, "solved": solved}
-"""Names of the choices that a recipe can make."""
-
-
 class Imitation(BaseModel):
     """A recipe of this stage."""
 

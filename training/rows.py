@@ -15,7 +15,7 @@ Left out: padding, packing and tensors (``monologue.training.collate``), advanta
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -243,6 +243,15 @@ def _piece(call: PolicyCall) -> Piece:
         finish_reason=call.finish_reason,
         parsed=call.parse_error is None,
     )
+
+
+def solved(row: Row) -> bool:
+    """Its episode's answer was right."""
+    return row.reward("exact_match") == 1.0
+
+
+KEEP: dict[str, Callable[[Row], bool]] = {"all": lambda row: True, "solved": solved}
+"""Names of the choices which rows to learn from or to hand over."""
 
 
 def split(row: Row, after: int) -> tuple[Row, Row]:
