@@ -1,12 +1,14 @@
 """Is a run complete and consistent? Every check names the first span that breaks it.
 
-    records        every line reads, in this schema; torn last lines of killed processes are counted and are a breach
-    episodes       each one that began has ended, and not as failed or cancelled
+    records        every line reads, in this schema; torn last lines of killed processes are counted, and are a breach where no later
+                   attempt made good what they broke
+    episodes       each one that began has ended, and not as failed or cancelled, unless a later attempt ended well; none ended twice
     spans          as many policy calls and spans as the episode's end says, sequence numbers without gap, times in order
     parents        every span's parent is the root or another span of the episode
     prefix         each prompt begins with all its stream had before; breaks are counted by cause
     lengths        ids, log-probs and mask of a call have one length; log-probs are finite and not above zero
-    placeholders   each picture's placeholders lie in the prompt as one run of one id, as many as the grid allows
+    placeholders   each picture's placeholders lie in the prompt as one run of the model's one id, a whole number of patches each, and
+                   that id stands nowhere else in it
     pictures       each picture is stored, decodes, has its hash and its size
     content        each call that ended well has its ids, or says why they were not captured; how many were not is told
 
@@ -46,6 +48,8 @@ class Check:
 
 Breach = tuple[str, str]
 """Span or episode id, and what is wrong there."""
+Key = tuple[str, str, str, int]
+"""What a play plays once: graph, control, problem, sample."""
 
 
 def verify(run: str | Path) -> list[Check]:
@@ -57,14 +61,10 @@ def verify(run: str | Path) -> list[Check]:
             inspection.look(episode)
     except RunError as error:
         return [Check("records", False, 1, None, str(error)), *inspection.checks()]
-    torn = Check(
-        "records",
-        reader.torn == 0,
-        reader.torn or inspection.seen["records"],
-        None,
-        f"{reader.torn} torn last lines" if reader.torn else None,
-    )
-    return [torn, *inspection.checks()]
+    checks, made_good = inspection.checks(), inspection.superseded
+    told = f"{reader.torn} torn last lines" if reader.torn else None
+    held = reader.torn <= made_good
+    return [Check("records", held, inspection.seen["records"] if held else reader.torn, None, told), *checks]
 
 
 class Inspection:
@@ -79,12 +79,17 @@ class Inspection:
         self.first: dict[str, Breach] = {}
         self.breaks: Counter[str] = Counter()
         self.withheld: Counter[str] = Counter()
+        self.superseded = 0
+        """Attempts that failed or never ended, and a later one ended well; known once ``checks`` was asked."""
         self._pictures: dict[str, str | None] = {}
+        self._ended: Counter[Key] = Counter()
+        self._broken_off: list[tuple[Key, Breach]] = []
+        self._placeholder: dict[str, int] = {}
 
     def look(self, episode: Episode) -> None:
         """One episode through all rules."""
         self.seen["records"] += 1 + len(episode.spans) + (episode.end is not None)
-        self._apply("episodes", 1, _ended(episode))
+        self._apply("episodes", 1, self._well(episode))
         self._apply("spans", len(episode.spans), _counted(episode))
         self._apply("parents", len(episode.spans), _parented(episode))
         self.withheld.update(str(span.attributes[names.CAPTURE]) for span in episode.spans if names.CAPTURE in span.attributes)
@@ -97,7 +102,7 @@ class Inspection:
         self.breaks.update(call.prefix_break for call in calls if call.prefix_break)
         self._apply("prefix", len(calls), _prefixed(calls))
         self._apply("lengths", len(calls), _measured(calls))
-        self._apply("placeholders", sum(len(call.images) for call in calls), _placed(calls))
+        self._apply("placeholders", sum(len(call.images) for call in calls), self._placed(calls))
         self._apply("pictures", sum(len(call.images) for call in calls), self._stored(calls))
 
     def _apply(self, rule: str, count: int, breaches: Iterator[Breach]) -> None:
@@ -105,6 +110,41 @@ class Inspection:
         for breach in breaches:
             self.broken[rule] += 1
             self.first.setdefault(rule, breach)
+
+    def _well(self, episode: Episode) -> Iterator[Breach]:
+        """Whether the episode ended well; what did not is judged at the end, when later attempts are known."""
+        start, end = episode.start, episode.end
+        key = (start.graph, str(start.extra.get("control")), start.problem_id, start.sample_index)
+        if end is None:
+            self._broken_off.append((key, (start.episode_id, "the episode never ended")))
+        elif end.status != "ok":
+            self._broken_off.append((key, (start.episode_id, f"the episode {end.status}: {end.error}".rstrip(": "))))
+        else:
+            self._ended[key] += 1
+            if self._ended[key] > 1:
+                yield start.episode_id, f"sample {start.sample_index} of {start.problem_id!r} was played to its end twice"
+
+    def _judge(self) -> None:
+        for key, breach in self._broken_off:
+            if self._ended[key]:
+                self.superseded += 1
+            else:
+                self._apply("episodes", 0, iter([breach]))
+        self._broken_off = []
+
+    def _placed(self, calls: list[PolicyCall]) -> Iterator[Breach]:
+        for call in calls:
+            for image in call.images:
+                run = call.prompt_ids[image.placeholder_start : image.placeholder_start + image.placeholder_count]
+                fault = _misplaced(run, image.placeholder_count, math.prod(image.grid))
+                if fault is None and self._placeholder.setdefault(call.model, run[0]) != run[0]:
+                    fault = f"the placeholder of {call.model!r} is {self._placeholder[call.model]}, this picture has {run[0]}"
+                if fault:
+                    yield call.span_id, f"{fault} (picture {image.sha256[:12]})"
+            held = sum(image.placeholder_count for image in call.images)
+            found = call.prompt_ids.count(self._placeholder[call.model]) if call.model in self._placeholder else held
+            if found != held:
+                yield call.span_id, f"{found} placeholders in the prompt, but pictures for {held}"
 
     def _stored(self, calls: list[PolicyCall]) -> Iterator[Breach]:
         for call in calls:
@@ -130,9 +170,12 @@ class Inspection:
 
     def checks(self) -> list[Check]:
         """One Check per rule."""
+        self._judge()
         return [self._check(rule) for rule in self.RULES]
 
     def _note(self, rule: str) -> str | None:
+        if rule == "episodes" and self.superseded:
+            return f"{self.superseded} attempts were broken off and played again"
         counts = {"prefix": self.breaks, "content": self.withheld}.get(rule)
         if not counts:
             return None
@@ -155,13 +198,6 @@ def _held(episode: Episode) -> Iterator[Breach]:
         found = [name for name in (IDS + SAID if mark == "shape" else IDS if mark else ()) if name in facts]
         if found or (mark and facts.get(names.TRAINABLE)):
             yield span.span_id, f"its content was not to be captured ({mark}), but it has {', '.join(found) or 'leave to be trained on'}"
-
-
-def _ended(episode: Episode) -> Iterator[Breach]:
-    if episode.end is None:
-        yield episode.start.episode_id, "the episode never ended"
-    elif episode.end.status != "ok":
-        yield episode.start.episode_id, f"the episode {episode.end.status}: {episode.end.error}"
 
 
 def _counted(episode: Episode) -> Iterator[Breach]:
@@ -216,15 +252,10 @@ def _measured(calls: list[PolicyCall]) -> Iterator[Breach]:
                 yield call.span_id, "a log-prob is above zero or not finite"
 
 
-def _placed(calls: list[PolicyCall]) -> Iterator[Breach]:
-    for call in calls:
-        for image in call.images:
-            start, count = image.placeholder_start, image.placeholder_count
-            run = call.prompt_ids[start : start + count]
-            patches = math.prod(image.grid)
-            if len(run) != count or count < 1 or len(set(run)) != 1:
-                yield call.span_id, f"expected {count} equal placeholders at {start}, found {len(set(run))} kinds in {len(run)}"
-            elif patches and patches % count:
-                yield call.span_id, f"{count} placeholders do not divide a grid of {patches} patches"
-            elif run[0] in call.prompt_ids[start + count : start + count + 1]:
-                yield call.span_id, f"more placeholders than the {count} of picture {image.sha256[:12]}"
+def _misplaced(run: tuple[int, ...], count: int, patches: int) -> str | None:
+    """What is wrong with one picture's placeholders."""
+    if len(run) != count or count < 1 or len(set(run)) != 1:
+        return f"expected {count} equal placeholders, found {len(set(run))} kinds in {len(run)}"
+    if patches and (patches % count or math.isqrt(patches // count) ** 2 != patches // count):
+        return f"{count} placeholders are no whole number of merged patches of a grid of {patches}"
+    return None
