@@ -31,14 +31,18 @@ def evaluate_graphs(options: argparse.Namespace, task: Task, out: Path) -> list[
     return rows
 
 
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def _cells(row: dict[str, Any]) -> list[str]:
-    rates = [f"{row[name]:.3f}" for name in ("accuracy", "stderr", "chance")]
+    rates = [_rate(row[name]) for name in ("accuracy", "stderr", "chance")]
     return [row["graph"], str(row["n"]), *rates, f"{row['turns']:.2f}", f"{row['tokens']:.1f}", f"{row['seconds']:.1f}", str(row["failed"])]
 
 
 def _part(kind: str, name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
     label = name if kind == "by_family" else "multi-hop" if name == "multi" else f"{name} hop{'s' * (name != '1')}"
-    cells = [f"{row[kind][name]['accuracy']:.3f} ± {row[kind][name]['stderr']:.3f}" for row in rows]
+    cells = [f"{_rate(row[kind][name]['accuracy'])} ± {_rate(row[kind][name]['stderr'])}" for row in rows]
     return [label, f"{rows[0][kind][name]['chance']:.3f}", *cells]
 
 

@@ -65,6 +65,7 @@ def test_every_room_is_in_the_wheel_and_typed() -> None:
     tomllib = pytest.importorskip("tomllib")
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     rooms = {module_name(path) for room in MAY_IMPORT for path in (ROOT / room).rglob("__init__.py")}
+    rooms -= {"monologue.backends.serving.cpu.sgl_kernel"}  # data: a stand-in on another interpreter's path
     assert rooms == set(settings["packages"]) == set(settings["package-dir"])
     for folder in settings["package-dir"].values():
         assert (ROOT / folder / "py.typed").is_file(), folder

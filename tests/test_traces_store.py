@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -41,7 +42,7 @@ def play(run: Path, episodes: int = 1, turns: int = 3, new: int = 4) -> None:
     """Episodes of two growing streams."""
     recorder = Recorder(RunWriter(run, resume=True))
     for number in range(episodes):
-        with begin(recorder, f"p{number}") as episode:
+        with begin(recorder, f"p{os.getpid()}/{number}") as episode:
             grown: dict[str, tuple[int, ...]] = {}
             for turn in range(turns):
                 for role in ("questioner", "answerer"):

@@ -65,7 +65,7 @@ def assert_exact(path: list[dict[str, Any]], row: Row) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped policies, sampled: real log-probs, pictures, right and wrong answers."""
     folder = tmp_path_factory.mktemp("exports") / "run"
-    assert main(["play", "--n", "6", "--samples", "2", "--temperature", "1.5", "--out", str(folder)]) == 0
+    assert main(["play", "--n", "6", "--samples", "2", "--temperature", "2", "--out", str(folder)]) == 0
     return folder
 
 

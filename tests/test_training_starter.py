@@ -15,6 +15,7 @@ from monologue.agents.prompts import TINY
 from monologue.tasks.shapes import Shapes
 from monologue.tasks.shapes.perception import practice_scene
 from monologue.traces.images import Picture
+from monologue.training import recipe as recipe_file
 from monologue.training.starter import batches, direct, make, questioner
 from monologue.training.starter.answerer import learn
 from monologue.training.starter.batches import IGNORED, Batch, Words, interview, patches, picture_words
@@ -153,17 +154,17 @@ def test_a_grown_model_says_what_its_seed_said(sight: Sight, words: Words, tmp_p
 
 
 def test_recipes_are_read_overridden_and_refused_by_name() -> None:
-    recipe = make.override(make.read_recipe("questioner"), ["seed=7"])
+    recipe = recipe_file.override(recipe_file.read_recipe("questioner"), ["seed=7"])
     assert recipe["seed"] == 7 and make.stages_of(recipe)[0].steps > 0
     with pytest.raises(make.RecipeError, match="answerer, direct, questioner"):
-        make.read_recipe("nobody")
+        recipe_file.read_recipe("nobody")
     with pytest.raises(make.RecipeError, match="speed"):
-        make.override(recipe, ["speed=1"])
+        recipe_file.override(recipe, ["speed=1"])
 
 
 def test_direct_without_a_perception_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(make.RecipeError, match="perception checkpoint"):
-        make.make(make.read_recipe("direct"), tmp_path, tmp_path / "nothing")
+        make.make(recipe_file.read_recipe("direct"), tmp_path, tmp_path / "nothing")
 
 
 def test_saving_does_not_touch_the_model_in_training(words: Words, tmp_path: Path) -> None:

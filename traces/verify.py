@@ -84,7 +84,7 @@ class Inspection:
         self._pictures: dict[str, str | None] = {}
         self._ended: Counter[Key] = Counter()
         self._broken_off: list[tuple[Key, Breach]] = []
-        self._placeholder: dict[str, int] = {}
+        self._placeholder: dict[tuple[str, str], int] = {}
 
     def look(self, episode: Episode) -> None:
         """One episode through all rules."""
@@ -134,15 +134,16 @@ class Inspection:
 
     def _placed(self, calls: list[PolicyCall]) -> Iterator[Breach]:
         for call in calls:
+            own = (call.model, call.tokenizer_hash)
             for image in call.images:
                 run = call.prompt_ids[image.placeholder_start : image.placeholder_start + image.placeholder_count]
                 fault = _misplaced(run, image.placeholder_count, math.prod(image.grid))
-                if fault is None and self._placeholder.setdefault(call.model, run[0]) != run[0]:
-                    fault = f"the placeholder of {call.model!r} is {self._placeholder[call.model]}, this picture has {run[0]}"
+                if fault is None and self._placeholder.setdefault(own, run[0]) != run[0]:
+                    fault = f"the placeholder of {call.model!r} is {self._placeholder[own]}, this picture has {run[0]}"
                 if fault:
                     yield call.span_id, f"{fault} (picture {image.sha256[:12]})"
             held = sum(image.placeholder_count for image in call.images)
-            found = call.prompt_ids.count(self._placeholder[call.model]) if call.model in self._placeholder else held
+            found = call.prompt_ids.count(self._placeholder[own]) if own in self._placeholder else held
             if found != held:
                 yield call.span_id, f"{found} placeholders in the prompt, but pictures for {held}"
 
