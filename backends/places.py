@@ -11,6 +11,7 @@ otherwise is ``base:`` and the beginning of their SHA-256 (of a Hub commit where
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,9 @@ UNKNOWN = "base"
 def portable(source: str | Path) -> str:
     """The name under which a checkpoint stands in traces."""
     text = str(source)
-    folder = Path(text)
-    if text.startswith(PREFIX) or len(text) > 4000 or not folder.is_dir():
+    if text.startswith(PREFIX) or not os.path.isdir(text):  # unlike Path.is_dir, False for names that no system takes
         return text
-    full = folder.resolve()
+    full = Path(text).resolve()
     return f"{PREFIX}{full.name}" if full.parent == STARTERS.resolve() else str(full)
 
 

@@ -219,13 +219,18 @@ def _check(graph: Graph, seats: Mapping[str, Seat], control: str | None, samples
         raise GraphError(f"graph {graph.name!r} needs a policy for {', '.join(sorted(missing))}; got {sorted(seats)}")
     if extra:
         raise GraphError(f"graph {graph.name!r} has no seat for {', '.join(sorted(extra))}; its seats are {', '.join(graph.roles)}")
+    check_control(graph, control)
+    for name, value in (("samples", samples), ("concurrency", concurrency), ("max_turns", max_turns)):
+        if value < 1:
+            raise GraphError(f"{name} must be at least 1, got {value!r}")
+
+
+def check_control(graph: Graph, control: str | None) -> None:
+    """Raises GraphError where a graph cannot be played under a control."""
     if control is not None and control not in CONTROLS:
         raise GraphError(f"unknown control {control!r}; choose from {', '.join(CONTROLS)}")
     if control is not None and control not in graph.controls:
         raise GraphError(f"control {control!r} has no meaning in graph {graph.name!r}, which allows {', '.join(graph.controls) or 'none'}")
-    for name, value in (("samples", samples), ("concurrency", concurrency), ("max_turns", max_turns)):
-        if value < 1:
-            raise GraphError(f"{name} must be at least 1, got {value!r}")
 
 
 def _jobs(

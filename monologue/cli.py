@@ -51,9 +51,9 @@ def _seats(command: argparse.ArgumentParser) -> None:
         choices=commands.BACKENDS,
         help="engine that runs the policies; scripted: no model, plays the oracle",
     )
-    command.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    command.add_argument("--top-p", type=float, default=1.0)
-    command.add_argument("--max-tokens", type=int, default=64, help="sampled tokens per turn at most")
+    command.add_argument("--temperature", type=float, help="0 (default) is greedy")
+    command.add_argument("--top-p", type=float, help="default: 1")
+    command.add_argument("--max-tokens", type=int, help="sampled tokens per turn at most (default: 64)")
     command.add_argument("--max-turns", type=int, default=8, help="actions of the concluding seat at most")
     command.add_argument("--concurrency", type=int, default=64, help="episodes at once")
     command.add_argument("--seed", type=int, default=0)
@@ -61,9 +61,9 @@ def _seats(command: argparse.ArgumentParser) -> None:
 
 def _play(command: argparse.ArgumentParser) -> None:
     command.add_argument("--task", default="shapes", choices=sorted(commands.TASKS))
-    command.add_argument("--split", default="test")
+    command.add_argument("--split", help="default: test")
     command.add_argument("--graph", default="monologue", metavar="GRAPH", help="e.g. monologue, monologue:looks=2, direct, caption, blind")
-    command.add_argument("--n", type=int, default=20, help="problems")
+    command.add_argument("--n", type=int, help="problems (default: 20)")
     command.add_argument("--families", metavar="NAMES", help="question families of the shapes world, separated by commas (default: all)")
     command.add_argument("--samples", type=int, default=1, help="episodes per problem")
     command.add_argument("--out", type=Path, metavar="RUN", help="run folder (default: a new one under runs/)")
@@ -82,9 +82,9 @@ def _play(command: argparse.ArgumentParser) -> None:
 
 def _eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("--task", default="shapes", choices=sorted(commands.TASKS))
-    command.add_argument("--split", default="test")
+    command.add_argument("--split", help="default: test")
     command.add_argument("--graph", default="blind,direct,monologue", metavar="GRAPHS", help="names separated by commas")
-    command.add_argument("--n", type=int, default=1000)
+    command.add_argument("--n", type=int, help="problems (default: 1000)")
     command.add_argument("--families", metavar="NAMES", help="question families separated by commas (default: all)")
     command.add_argument("--json", type=Path, metavar="FILE")
     command.add_argument("--out", type=Path, metavar="DIR", help="keep the runs here (default: thrown away)")
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"monologue: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("monologue: stopped; every finished episode is kept, the same command goes on from there", file=sys.stderr)
+        print(f"monologue: stopped; {commands.kept(arguments)}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()

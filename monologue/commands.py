@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from monologue.asked import check_writable, own_problem_asked, settle
 from monologue.tables import clean, table
 from monologue.tasks.base import Problem, Task, TaskError
 from monologue.tasks.own import own_problem
@@ -50,16 +51,19 @@ def play(options: argparse.Namespace) -> int:
     warn_of_uploads()
     if options.live and options.capture == "shape":
         raise UsageError("--live shows what --capture shape keeps out; give one of them")
+    settle(options, 20)
     task = task_of(options)
     problems = problems_of(options, task)
     from monologue.exports import listeners
     from monologue.graphs.play import play as play_graph
     from monologue.live import Live
-    from monologue.seating import config_of, seats
+    from monologue.seating import check_sayable, config_of, seats
 
-    out = options.out or new_run(options.graph)
+    options.out = out = options.out or new_run(options.graph)
     shown = Live(out) if options.live else None
     with listeners(out, shown, options) as listener, seats(options.graph, options) as taken:
+        if own_problem_asked(options):
+            check_sayable(problems[0], taken)
         summary = play_graph(
             options.graph,
             problems,
@@ -92,19 +96,28 @@ def task_of(options: argparse.Namespace) -> Task:
 
 def problems_of(options: argparse.Namespace, task: Task) -> list[Problem]:
     """The task's problems, or the user's own one."""
-    own = (options.image, options.question, options.choices)
-    if any(part is not None for part in own):
+    if own_problem_asked(options):
         if options.image is None or options.question is None:
             raise UsageError("an own problem needs both --image FILE and --question TEXT, and usually --choices A B ...")
         picture = open_picture(options.image)
         return [own_problem(lambda: picture, options.question, options.choices or ())]
-    if options.n < 1:
-        raise UsageError(f"--n must be at least 1, got {options.n}")
     return list(task.problems(options.split, options.n, 0))
 
 
 def new_run(graph: str) -> Path:
-    return Path("runs") / f"{graph.replace(':', '-').replace('=', '')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """A run folder that is not there yet."""
+    name = f"{graph.replace(':', '-').replace('=', '')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    places = (Path("runs") / f"{name}{tail}" for tail in ("", *(f"-{number}" for number in range(2, 10000))))
+    return next(path for path in places if not path.exists())
+
+
+def kept(options: argparse.Namespace) -> str:
+    """What an interrupted command leaves behind, and how to go on."""
+    if options.verb == "play" and options.out is not None:
+        return f"every finished episode is kept in {options.out}; the same command with --out {options.out} goes on from there"
+    if options.verb == "eval" and options.out is not None:
+        return f"every finished episode is kept in {options.out}; the same command goes on from there"
+    return "nothing is kept" if options.verb in ("eval", "train", "play") else "nothing was changed"
 
 
 def report(summary: Summary, out: Path, options: argparse.Namespace) -> None:
@@ -120,7 +133,9 @@ def report(summary: Summary, out: Path, options: argparse.Namespace) -> None:
     elif summary.ok:
         for episode in summary.episodes:
             answer = "no answer within its budget" if episode.answer is None else episode.answer
-            console.print(f"answer: {escape(clean(answer))}")
+            chosen = {choice.strip().lower() for choice in options.choices or ()}
+            strange = "" if episode.answer is None or episode.answer.strip().lower() in chosen else "  (none of the choices)"
+            console.print(f"answer: {escape(clean(answer))}{strange}")
     for episode in summary.failed[:5]:
         console.print(f"failed: {episode.problem_id}: {escape(clean(episode.error or 'unknown'))}")
     kept = f", {summary.skipped} of them from before" if summary.skipped else ""
@@ -141,9 +156,9 @@ def evaluate(options: argparse.Namespace) -> int:
     from monologue.evaluation import evaluate_graphs
 
     warn_of_uploads()
+    settle(options, 1000)
     task = task_of(options)
-    if options.n < 1:
-        raise UsageError(f"--n must be at least 1, got {options.n}")
+    check_writable(options.json)
     with tempfile.TemporaryDirectory() as scratch:
         rows = evaluate_graphs(options, task, options.out or Path(scratch))
     if options.json:
@@ -172,6 +187,8 @@ def verify(options: argparse.Namespace) -> int:
     """Prints a table of checks; 1 where one does not hold."""
     from monologue.proof import verify as prove
 
+    if options.calls is not None and options.calls < 1:
+        raise UsageError(f"--calls must be at least 1, got {options.calls}; --no-replay leaves the replay out")
     given = dict(weights_of(setting) for setting in options.weights)
     checks = prove(options.folder, replay=options.replay, weights=given, tolerance=options.tolerance, calls=options.calls)
     table(
@@ -203,6 +220,8 @@ def view(options: argparse.Namespace) -> int:
     from monologue.traces.terminal import replay
 
     reader = RunReader(options.folder)
+    if options.episode == "" or (options.svg and not options.episode):
+        raise UsageError("--episode takes the beginning of an episode's id, and --svg goes with it; list the ids with monologue view RUN")
     if options.episode:
         found = [episode for episode in reader.episodes() if episode.start.episode_id.startswith(options.episode)]
         if len(found) != 1:
@@ -314,6 +333,8 @@ def wait_for_interrupt() -> None:
 
 def tasks(options: argparse.Namespace) -> int:
     """Lists the tasks, or shows problems of one."""
+    if options.n < 1:
+        raise UsageError(f"--n must be at least 1, got {options.n}")
     if options.name is None:
         table(["task", "splits"], [[name, ", ".join(TASKS[name]().splits)] for name in sorted(TASKS)])
         return 0

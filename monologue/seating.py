@@ -23,6 +23,7 @@ from monologue.backends.base import Sampling
 from monologue.backends.places import STARTERS, portable, short
 from monologue.graphs.oracle import Seat, oracle, scripted
 from monologue.graphs.registry import find
+from monologue.tasks.base import Problem
 from monologue.usage import UsageError
 from monologue.version import __version__
 
@@ -96,6 +97,20 @@ def _oracle(policy: Policy, role: str) -> Seat:
         raise CodecError(f"the oracle needs a tokenizer to speak with, but {engine.facts.model!r} carries none")
     eyes = engine if engine.facts.sees else None
     return oracle(codec_for(engine.tokenizer, eyes), eyes, f"oracle-{role}")
+
+
+def check_sayable(problem: Problem, taken: Mapping[str, Seat]) -> None:
+    """An own problem in the words and pictures of those who will play it. Raises CodecError, BackendError before anything is written."""
+    from monologue.agents.messages import Message
+
+    for role, seated in taken.items():
+        if not isinstance(seated, Policy):
+            continue
+        seated.codec.open([Message("user", problem.question, choices=problem.choices)])
+        if role == "answerer":
+            engine: Any = seated.backend
+            for picture in problem.pictures:
+                engine.placeholders(picture())
 
 
 async def _close(loaded: Mapping[str, Policy]) -> None:

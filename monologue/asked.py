@@ -1,0 +1,65 @@
+"""What was asked on the command line, checked as a whole before anything is loaded or written: an option that cannot be honoured is
+refused, never ignored. Options that were not given are None until ``settle`` fills in what they mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from monologue.usage import UsageError
+
+DEFAULTS = {"split": "test", "temperature": 0.0, "top_p": 1.0, "max_tokens": 64}
+OWN = ("image", "question", "choices")
+ROLES = ("questioner", "answerer")
+
+
+def settle(options: argparse.Namespace, n: int) -> None:
+    """Refuses what does not fit together, then fills in the defaults. Raises UsageError."""
+    if options.backend == "scripted":
+        _refuse(options, ("temperature", "top_p", "max_tokens"), "--backend scripted says its lines as they are")
+    if own_problem_asked(options):
+        _refuse(options, ("n", "split", "families"), "an own picture is one problem")
+    _check_seats(options)
+    given = options.n
+    for name, value in {**DEFAULTS, "n": n}.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if given is not None and given < 1:
+        raise UsageError(f"--n must be at least 1, got {given}")
+    if getattr(options, "samples", 1) > 1 and options.temperature == 0 and options.backend != "scripted":
+        told = f"--samples {options.samples} at temperature 0 plays one episode {options.samples} times; --temperature 1 makes them differ"
+        print(f"monologue: {told}", file=sys.stderr)
+
+
+def own_problem_asked(options: argparse.Namespace) -> bool:
+    """Whether a picture, question or choices of the user's own were given."""
+    return any(getattr(options, name, None) is not None for name in OWN)
+
+
+def check_writable(file: Path | None) -> None:
+    """Finds out before the work whether its result can be written. Raises UsageError."""
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab"):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write {str(file)!r}: {error.strerror}; name a file in a folder that you may write to") from error
+
+
+def _check_seats(options: argparse.Namespace) -> None:
+    from monologue.graphs.registry import find
+
+    used = {role for graph in options.graph.split(",") for role in find(graph.strip()).roles}
+    for role in ROLES:
+        if getattr(options, role) != "starter" and role not in used:
+            raise UsageError(f"--{role} names a policy, but {options.graph!r} has no such seat; its seats are {', '.join(sorted(used))}")
+
+
+def _refuse(options: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name, None) is not None]
+    if given:
+        raise UsageError(f"{why}, so {' and '.join(given)} cannot be honoured; leave that out")
