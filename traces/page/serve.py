@@ -29,7 +29,9 @@ from monologue.traces.page.pieces import Pieces
 from monologue.traces.schema import Annotation
 from monologue.traces.store import Appender, RunError
 
-STATIC = {"app.js": "text/javascript", "htm-preact.js": "text/javascript", "app.css": "text/css"}
+SCRIPTS = ("htm-preact.js", "data.js", "text.js", "tokens.js", "list.js", "episode.js", "graph.js", "app.js")
+"""In the order in which they need each other."""
+STATIC = {**dict.fromkeys(SCRIPTS, "text/javascript"), "app.css": "text/css"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -280,7 +282,7 @@ def document(desk: Desk) -> str:
     return (
         static("index.html")
         .replace("{{HEAD}}", '<link rel="stylesheet" href="app.css">')
-        .replace("{{SCRIPTS}}", '<script src="htm-preact.js"></script>\n<script src="app.js"></script>')
+        .replace("{{SCRIPTS}}", "\n".join(f'<script src="{name}"></script>' for name in SCRIPTS))
         .replace("{{BOOT}}", embedded(boot))
     )
 

@@ -77,8 +77,8 @@ function Tokens({ tokens, mode, label }) {
     aria-label=${label}
     onMouseOver=${(event) => setAt(placeOf(event))}
     onMouseLeave=${() => setAt(null)}
-    onFocusIn=${(event) => setAt(placeOf(event))}
-    onFocusOut=${() => setAt(null)}
+    onfocusin=${(event) => setAt(placeOf(event))}
+    onfocusout=${() => setAt(null)}
     onKeyDown=${move}
   >
     ${body}
