@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     _play(verbs.add_parser("play", help="play problems and record every step"))
     _eval(verbs.add_parser("eval", help="accuracy of graphs on held-out problems, with standard errors and controls"))
     _verify(verbs.add_parser("verify", help="check that a run is complete and consistent"))
-    _view(verbs.add_parser("view", help="look at a run in the terminal"))
+    _view(verbs.add_parser("view", help="look at a run: a page in the browser, one offline file, or the terminal"))
     _train(verbs.add_parser("train", help="train a policy from a recipe"))
     _tasks(verbs.add_parser("tasks", help="list tasks, or show some problems of one"))
     return top
@@ -89,9 +89,27 @@ def _verify(command: argparse.ArgumentParser) -> None:
 
 def _view(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", type=Path, metavar="RUN")
-    command.add_argument("--episode", metavar="ID", help="episode id or the beginning of one (default: list the episodes)")
+    command.add_argument("--episode", metavar="ID", help="episode id or the beginning of one: replay it in the terminal")
     command.add_argument("--svg", type=Path, metavar="FILE", help="with --episode: also write what is shown as a picture")
+    command.add_argument("--list", action="store_true", help="list the episodes in the terminal")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write the page as one file that needs no network, and stop")
+    command.add_argument("--port", type=_port, default=0, help="of the served page (default: a free one)")
+    command.add_argument("--no-browser", action="store_true", help="print the page's address only")
+    command.add_argument(
+        "--tokenizer",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="tokenizer.json to name the tokens with, where the models are elsewhere",
+    )
     command.set_defaults(run=commands.view)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
+    return int(text)
 
 
 def _train(command: argparse.ArgumentParser) -> None:

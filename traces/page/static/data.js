@@ -45,7 +45,11 @@ function fileSource() {
   };
   return {
     index: async () => JSON.parse(document.getElementById("index").textContent),
-    episode: async (row) => (await part(`episodes-${Math.floor(row.number / boot.chunk)}`))[row.number % boot.chunk],
+    async episode(row) {
+      const found = (await part(`episodes-${Math.floor(row.number / boot.chunk)}`))[row.number % boot.chunk];
+      if (found.fault) throw new Error(found.fault);
+      return found;
+    },
     async search(text) {
       const wanted = text.toLowerCase();
       return (await part("texts")).flatMap((said, number) => (said.includes(wanted) ? [number] : []));
