@@ -73,12 +73,15 @@ def _speller(facts: dict[str, Any]) -> Speller:
         return _byte_speller(facts["specials"])
     vocabulary = _vocabulary(facts)
     special = {one["id"] for one in facts.get("added_tokens", ())}
+    gap = " " if facts.get("model", {}).get("type") == "WordLevel" else ""
     letters = _letters() if "ByteLevel" in json.dumps([facts.get("decoder"), facts.get("pre_tokenizer")]) else None
 
     def spell(one: int) -> str:
         text = vocabulary.get(one)
         if text is None:
             return f"<{one}>"
+        if gap:
+            return text + gap
         if one in special:
             return text
         if letters is not None:

@@ -185,10 +185,10 @@ function Episode({ row, mode, setMode, graphs, poll }) {
   return html`<article class="episode" key=${row.id} aria-label="episode">
     <header>
       <h2 tabindex="-1"><${Said} text=${start.question} cut=${600} /></h2>
-      ${start.choices.length > 0 && html`<p class="choices">${start.choices.map((one) => html`<span><${Said} text=${one} cut=${200} /></span>`)}</p>`}
+      ${start.choices.length > 0 && html`<p class="choices">${start.choices.map((one, place) => html`<span class=${place === start.gold ? "gold" : ""}><${Said} text=${one} cut=${200} />${place === start.gold && html`<span class="unseen"> (right)</span>`}</span>`)}</p>`}
       <p class="quiet ids">
         <code title=${row.id}>${row.id.slice(0, 12)}</code> <span>${spoken(start.problem_id)}</span>
-        <span>graph ${spoken(start.graph)}</span> <span>sample ${start.sample_index + 1}</span>${start.attempt > 0 && html` <span>attempt ${start.attempt + 1}</span>}
+        <span>graph ${spoken(start.graph)}</span> <span>sample ${start.sample_index + 1}</span>${start.attempt > 0 && html` <span>attempt ${start.attempt + 1}</span>`}
         ${Object.entries(start.extra ?? {}).map(([name, value]) => html` <span>${spoken(name)}: ${spoken(typeof value === "string" ? value : JSON.stringify(value))}</span>`)}
       </p>
     </header>

@@ -21,9 +21,10 @@ function Graph({ path, run }) {
   const known = new Map((run ?? []).map(([from, edge, to, count]) => [[from, edge, to].join("\u0000"), { from, edge, to, count }]));
   for (const [from, edge, to] of path) if (!known.has([from, edge, to].join("\u0000"))) known.set([from, edge, to].join("\u0000"), { from, edge, to, count: 0 });
   const order = orderOf([...path, ...[...known.values()].map((one) => [one.from, one.edge, one.to])]).slice(0, 24);
-  const widths = order.map((node) => Math.min(150, 26 + 8 * spoken(node).length));
-  const lefts = widths.map((_, place) => 4 + widths.slice(0, place).reduce((sum, width) => sum + width + BOX.gap, 0));
   const visits = (node) => path.filter((move) => move[2] === node).length;
+  const caption = (node) => spoken(node).slice(0, 16) + (visits(node) > 1 ? ` ×${visits(node)}` : "");
+  const widths = order.map((node) => 28 + 8 * caption(node).length);
+  const lefts = widths.map((_, place) => 4 + widths.slice(0, place).reduce((sum, width) => sum + width + BOX.gap, 0));
   const edges = bundled([...known.entries()].map(([key, one]) => ({ ...one, times: taken.get(key) ?? 0 })), order);
   const reach = Math.max(0, ...edges.map((one) => Math.abs(one.j - one.i) - (one.j === one.i + 1 ? 1 : 0)));
   const [top, bottom] = [BOX.top, BOX.top + BOX.height];
@@ -41,7 +42,7 @@ function Graph({ path, run }) {
       ${order.map(
         (node, place) => html`<g class=${`node ${place === 0 || visits(node) ? "taken" : ""}`}>
           <rect x=${lefts[place]} y=${top} width=${widths[place]} height=${BOX.height} rx="8" />
-          <text x=${lefts[place] + widths[place] / 2} y=${top + 21}>${spoken(node).slice(0, 16)}${visits(node) > 1 ? ` ×${visits(node)}` : ""}</text>
+          <text x=${lefts[place] + widths[place] / 2} y=${top + 21}>${caption(node)}</text>
           <title>${spoken(node)}: ${place === 0 ? "where it began" : plural(visits(node), "visit")}</title>
         </g>`,
       )}
