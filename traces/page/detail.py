@@ -196,7 +196,7 @@ def curves(run: Path) -> list[dict[str, Any]]:
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Every n-th point and the last, MOST_POINTS at most."""
-    stride = -(-len(points) // MOST_POINTS)
+    stride = max(1, -(-len(points) // MOST_POINTS))
     kept = list(points[::stride])
     return kept if not points or kept[-1] == points[-1] else [*kept[: MOST_POINTS - 1], points[-1]]
 
