@@ -157,6 +157,7 @@ function Notes({ notes }) {
     (note) => html`<div class=${`note ${String(note.source).startsWith("person") ? "person" : ""}`}>
       <span class="name">${spoken(note.name)}</span>
       ${note.value !== null && html`<span class="value" title=${String(note.value)}>${round(note.value)}</span>`}
+      ${note.values && html`<span>${plural(note.values.length, "value")}, one a token </span>`}
       ${note.text !== null && html`<${Said} text=${note.text} cut=${600} />`}
       <span class="quiet"
         >${spoken(note.source)}${note.scope !== "episode" ? `, ${note.scope}${note.role ? ` ${spoken(note.role)}` : ""}` : ""}${note.weight
@@ -243,12 +244,12 @@ function Verdict({ detail }) {
   const { start, end } = detail;
   const gold = start.gold === null ? null : start.choices[start.gold];
   if (end === null) return html`<p class="verdict open">The episode has not ended.</p>`;
-  if (end.status !== "ok") return html`<p class="verdict bad">${spoken(end.status)}: <${Said} text=${end.error ?? "no cause given"} /></p>`;
-  if (end.answer === null) return html`<p class="verdict bad">No answer within its budget.${gold !== null && html` Right is <${Said} text=${gold} />.`}</p>`;
-  if (gold === null) return html`<p class="verdict open">Answer: <b><${Said} text=${end.answer} /></b></p>`;
+  if (end.status !== "ok") return html`<p class="verdict bad">${spoken(end.status)}: <${Said} text=${end.error ?? "no cause given"} cut=${600} /></p>`;
+  if (end.answer === null) return html`<p class="verdict bad">No answer within its budget.${gold !== null && html` Right is <${Said} text=${gold} cut=${300} />.`}</p>`;
+  if (gold === null) return html`<p class="verdict open">Answer: <b><${Said} text=${end.answer} cut=${300} /></b></p>`;
   const right = same(end.answer, gold);
   return html`<p class=${`verdict ${right ? "good" : "bad"}`}>
-    Answer: <b><${Said} text=${end.answer} /></b>, ${right ? "right." : html`wrong. Right is <b><${Said} text=${gold} /></b>.`}
+    Answer: <b><${Said} text=${end.answer} cut=${300} /></b>, ${right ? "right." : html`wrong. Right is <b><${Said} text=${gold} cut=${300} /></b>.`}
   </p>`;
 }
 

@@ -85,7 +85,7 @@ function Edge({ i, j, labels, times, count, lefts, widths, top, bottom }) {
   </g>`;
 }
 
-const PLOT = { width: 300, height: 120, left: 8, right: 8, top: 10, bottom: 16 };
+const PLOT = { width: 300, height: 120, left: 44, right: 8, top: 10, bottom: 16 };
 
 function Curve({ curve }) {
   const [at, setAt] = useState(null);
@@ -123,8 +123,8 @@ function Curve({ curve }) {
       <circle cx=${x(shown[0])} cy=${y(shown[1])} r="3" />
       <text x=${PLOT.left} y=${PLOT.height - 4}>${round(x0)}</text>
       <text class="end" x=${PLOT.width - PLOT.right} y=${PLOT.height - 4}>step ${round(x1)}</text>
-      <text x=${PLOT.left} y=${PLOT.top}>${round(y1)}</text>
-      <text x=${PLOT.left} y=${PLOT.height - PLOT.bottom - 3}>${round(y0)}</text>
+      <text class="side" x=${PLOT.left - 6} y=${PLOT.top + 4}>${round(y1)}</text>
+      <text class="side" x=${PLOT.left - 6} y=${PLOT.height - PLOT.bottom}>${round(y0)}</text>
     </svg>
   </figure>`;
 }

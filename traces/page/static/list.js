@@ -87,8 +87,8 @@ function EpisodeRow({ row, place, count, chosen, choose }) {
     <span class="figure">${row.reward === null ? "" : round(row.reward)}<span class="unseen"> reward</span></span>
     <span class="facts"
       >${row.family && html`<span>${row.family}</span>`}${row.status === "ok"
-        ? row.answer !== null && html`<span>answer <bdi>${marked(row.answer)}</bdi></span>`
-        : row.error !== null && html`<span class="bad"><bdi>${marked(row.error)}</bdi></span>`}<span>${plural(row.turns, "turn")}</span
+        ? row.answer !== null && html`<span class="long">answer <bdi>${marked(row.answer)}</bdi></span>`
+        : row.error !== null && html`<span class="bad long"><bdi>${marked(row.error)}</bdi></span>`}<span>${plural(row.turns, "turn")}</span
       >${trouble > 0 && html`<span class="bad">${plural(trouble, "fault")}</span>`}${row.notes > 0 && html`<span>remarked</span>`}</span
     >
     <span class="sample">${row.sample > 0 ? `#${row.sample + 1}` : ""}</span>
