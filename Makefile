@@ -1,5 +1,6 @@
 # make demo   install into .venv and watch an inner monologue        make test   install and run the tests
 # make check  ruff, format, mypy --strict, tests                     make links  what type checkers read
+# make test-page  the page in real headless Chromium               make page   its screenshots and its benchmark
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,7 +8,7 @@ ROOMS := agents backends graphs tasks traces training
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-real check links figures clean
+.PHONY: demo test test-real test-page page check links figures clean
 
 .venv/installed: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv .venv
@@ -26,8 +27,18 @@ demo: .venv/installed
 test: .venv/dev
 	$(BIN)/python -m pytest -q
 
-# Real servers and browsers arrive with the parts that need them; each installs itself by its own script.
-test-real: test
+# Real servers and browsers; each installs itself by its own script.
+test-real: test test-page
+
+test-page:
+	PYTHON=$(PYTHON) tests_real/install_chromium.sh
+	.venv-page/bin/python -m pytest -q tests_real/test_page_chromium.py
+
+# The README's pictures of the page, and how long ten thousand episodes take to open.
+page: .venv/installed
+	PYTHON=$(PYTHON) tests_real/install_chromium.sh
+	.venv-page/bin/python bench/screenshots.py
+	.venv-page/bin/python bench/page.py
 
 links:
 	@mkdir -p .links/monologue
@@ -41,7 +52,7 @@ check: .venv/dev links
 	$(BIN)/python -m pytest -q
 
 clean:
-	rm -rf .venv .links build *.egg-info runs
+	rm -rf .venv .venv-page .links build *.egg-info runs
 
 # Every figure of the README, from the shipped weights, on problems that no training has seen.
 EVAL := $(BIN)/monologue eval

@@ -165,8 +165,22 @@ def many(folder: Path, count: int) -> None:
 
 
 def start(key: str, root: str, number: int) -> EpisodeStart:
-    facts = {"problem_id": f"p/{number}", "task": "hand", "graph": "monologue", "group_id": f"p/{number}", "question": f"question {number} ?"}
-    rest = {"sample_index": 0, "attempt": 0, "started_ns": number, "choices": ("red", "blue"), "gold": number % 2, "family": "f", "extra": {}}
+    facts = {
+        "problem_id": f"p/{number}",
+        "task": "hand",
+        "graph": "monologue",
+        "group_id": f"p/{number}",
+        "question": f"question {number} ?",
+    }
+    rest = {
+        "sample_index": 0,
+        "attempt": 0,
+        "started_ns": number,
+        "choices": ("red", "blue"),
+        "gold": number % 2,
+        "family": "f",
+        "extra": {},
+    }
     return EpisodeStart(run_id="r", episode_id=key, root_span_id=root, **facts, **rest)  # type: ignore[arg-type]
 
 

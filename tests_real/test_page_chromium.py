@@ -140,7 +140,9 @@ def test_shading_follows_the_mode_and_says_what_is_not_recorded(visit: Visit) ->
     tokens = page.locator("[data-turn='0'] .token")
 
     def strengths() -> list[float]:
-        return [float(style.split(":")[1].rstrip("%;")) for style in tokens.evaluate_all("all => all.map(one => one.getAttribute('style'))")]
+        return [
+            float(style.split(":")[1].rstrip("%;")) for style in tokens.evaluate_all("all => all.map(one => one.getAttribute('style'))")
+        ]
 
     page.wait_for_selector(".token", timeout=WAIT)
     assert strengths() == pytest.approx([1.8, 26.3, 56.9, 0, 70, 8.8], abs=0.1)
@@ -227,7 +229,13 @@ def test_everything_is_reached_by_keyboard(visit: Visit) -> None:
 def test_a_screen_reader_gets_names_and_roles(visit: Visit) -> None:
     page = visit.page
     page.wait_for_selector(".turn", timeout=WAIT)
-    for role, name in (("listbox", "episodes"), ("searchbox", "text in question"), ("radio", "entropy"), ("group", "graph and path"), ("img", "picture 1 of 1")):
+    for role, name in (
+        ("listbox", "episodes"),
+        ("searchbox", "text in question"),
+        ("radio", "entropy"),
+        ("group", "graph and path"),
+        ("img", "picture 1 of 1"),
+    ):
         assert page.get_by_role(role, name=name).count() >= 1, (role, name)
     assert "right: " in page.locator("#list").get_by_role("option").first.text_content()
     path = page.locator(".graph svg").get_attribute("aria-label")
@@ -248,14 +256,19 @@ def test_hostile_text_is_text(visit: Visit, run: tuple[Path, dict[str, Any]]) ->
     assert page.locator("main script, main img[src=x], main a").count() == 0
     assert page.locator("main .mark:has-text('RLO')").count() >= 1 and page.locator("main .mark:has-text('ESC')").count() >= 1
     assert not any(control in text for control in "\u202e\u2066\u200b\ufeff\x1b\x00")
-    assert not any(control in page.content().replace(page.evaluate("boot.served ? '' : document.getElementById('index').outerHTML"), "") for control in "\u202e\u2066")
+    assert not any(
+        control in page.content().replace(page.evaluate("boot.served ? '' : document.getElementById('index').outerHTML"), "")
+        for control in "\u202e\u2066"
+    )
     huge = page.locator("[data-turn='1']")
     assert "200,000 characters" in huge.inner_text() and len(huge.inner_text()) < 10_000
     assert "tokenizer is not at hand" in huge.inner_text()
     for view in ("group", "episode"):
         page.click(f"nav >> text={view}")
         page.wait_for_timeout(200)
-        wide = page.evaluate("[document.documentElement.scrollWidth, innerWidth, document.querySelector('main').scrollWidth, document.querySelector('main').clientWidth]")
+        wide = page.evaluate(
+            "[document.documentElement.scrollWidth, innerWidth, document.querySelector('main').scrollWidth, document.querySelector('main').clientWidth]"
+        )
         assert wide[0] <= wide[1] and wide[2] <= wide[3], "no text widens the page"
     page.locator("[data-turn='1'] .more").first.click()
     until(page, "document.querySelector('[data-turn=\"1\"]').textContent.length > 50000")
@@ -426,7 +439,9 @@ def test_a_server_that_went_away_is_told_and_what_is_shown_stays(chromium: Any, 
 def test_ctrl_c_ends_it_cleanly(run: tuple[Path, dict[str, Any]]) -> None:
     import signal
 
-    process = subprocess.Popen(command("view", run[0], "--no-browser"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    process = subprocess.Popen(
+        command("view", run[0], "--no-browser"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
     assert process.stdout and process.stdout.readline().startswith("http://127.0.0.1:")
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)

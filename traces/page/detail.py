@@ -45,9 +45,14 @@ def detail(row: Row, pieces: Pieces) -> dict[str, Any]:
             "reward": reward_of(row.notes),
             "notes": notes,
             "spans": [_span(span, pieces, notes) for span in spans],
-            "path": [list(move) for move in steps_of(row.path)] if end else [list(move) for move in steps_of(row.path)[:-1]],
+            "path": _path(spans) if end else _path(spans)[:-1],
         }
     )
+
+
+def _path(spans: Sequence[SpanRecord]) -> list[tuple[str, str, str]]:
+    seen = [(span.seq, span.attributes) for span in spans if names.NODE in span.attributes]
+    return steps_of((seq, str(a[names.NODE]), None if a.get(names.EDGE) is None else str(a[names.EDGE])) for seq, a in seen)
 
 
 def _bytes(place: Place) -> bytes:
@@ -159,7 +164,9 @@ def _spread(name: str, span: SpanRecord, count: int, notes: Sequence[Mapping[str
 def _images(a: Mapping[str, Any]) -> list[dict[str, Any]]:
     listed = _try(json.loads, a.get(names.IMAGES)) or []
     return [
-        {name: one.get(name) for name in ("sha256", "width", "height", "grid", "placeholder_count")} for one in listed if isinstance(one, dict)
+        {name: one.get(name) for name in ("sha256", "width", "height", "grid", "placeholder_count")}
+        for one in listed
+        if isinstance(one, dict)
     ]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from monologue.traces.page.detail import clean, curves, detail
 from monologue.traces.page.index import Index
 from monologue.traces.page.pieces import Pieces
-from monologue.traces.page.serve import SCRIPTS, embedded, static
+from monologue.traces.page.serve import embedded, scripts, static
 from monologue.traces.store import RunError
 
 CHUNK = 100
@@ -45,19 +45,18 @@ def _document(index: Index, pieces: Pieces) -> Iterator[str]:
     head, rest = static("index.html").split("{{HEAD}}")
     before, rest = rest.split("{{BOOT}}")
     between, after = rest.split("{{SCRIPTS}}")
-    style, scripts = static("app.css"), [static(name) for name in SCRIPTS]
+    style, script = static("app.css"), scripts()
     boot = {"served": False, "name": index.path.resolve().name, "info": index.info, "chunk": CHUNK}
-    yield head + _policy(style, scripts) + f"<style>{style}</style>" + before + embedded(boot) + between
+    yield head + _policy(style, script) + f"<style>{style}</style>" + before + embedded(boot) + between
     yield _data("index", "application/json", embedded(index.changes()))
     yield _data("curves", "application/json", embedded(curves(index.path)))
-    yield from (f"<script>{script}</script>\n" for script in scripts)
+    yield f"<script>{script}</script>\n"
     yield from _parts(index, pieces)
     yield after
 
 
-def _policy(style: str, scripts: list[str]) -> str:
-    allowed = " ".join(_hash(script) for script in scripts)
-    rules = f"default-src 'none'; script-src {allowed}; style-src {_hash(style)}; img-src data:; base-uri 'none'; form-action 'none'"
+def _policy(style: str, script: str) -> str:
+    rules = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; base-uri 'none'; form-action 'none'"
     return f'<meta http-equiv="Content-Security-Policy" content="{rules}">\n'
 
 
@@ -70,16 +69,16 @@ def _data(name: str, kind: str, text: str) -> str:
 
 
 def _parts(index: Index, pieces: Pieces) -> Iterator[str]:
-    pictures: dict[str, None] = {}
+    written: set[str] = set()
     for place in range(0, len(index.rows), CHUNK):
         episodes = [_detail(row, pieces) for row in index.rows[place : place + CHUNK]]
-        pictures.update((image["sha256"], None) for episode in episodes for span in episode["spans"] for image in span["images"])
         yield _data(f"episodes-{place // CHUNK}", "text/plain", _packed(episodes))
+        for sha256 in dict.fromkeys(image["sha256"] for episode in episodes for span in episode["spans"] for image in span["images"]):
+            file = index.path / "images" / f"{sha256}.png"
+            if sha256 not in written and _is_hash(sha256) and file.is_file():
+                written.add(sha256)
+                yield _data(f"picture-{sha256}", "text/plain", base64.b64encode(file.read_bytes()).decode())
     yield _data("texts", "text/plain", _packed(["\n".join(row.texts) for row in index.rows]))
-    for sha256 in pictures:
-        file = index.path / "images" / f"{sha256}.png"
-        if _is_hash(sha256) and file.is_file():
-            yield _data(f"picture-{sha256}", "text/plain", base64.b64encode(file.read_bytes()).decode())
 
 
 def _detail(row: Any, pieces: Pieces) -> dict[str, Any]:

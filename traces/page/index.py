@@ -1,22 +1,21 @@
 """One row per episode, kept up to date while the run grows.
 
-A pass over ten thousand episodes must not parse every span: a line is glanced at for the few facts that a row shows, and where its bytes
-lie is remembered, so that an episode is parsed when somebody opens it. Glancing is safe with hostile text, for inside a JSON string every
-quote is escaped: the bytes ``"name":`` can only be a key. Later passes read only what was appended. Lines that do not read are counted
-and named, never fatal: a damaged run is when a viewer is needed most.
+Ten thousand episodes must be listed before anybody grows impatient, so a run is read twice: first beginnings, ends and rewards, while of a
+span only its place is remembered; then the spans, for roles, tokens, faults, the text filter and the graph. An episode is parsed whole when
+somebody opens it. Later passes read only what was appended. Lines that do not read are counted and named, never fatal: a damaged run is
+when a viewer is needed most.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 from monologue.traces import names
 from monologue.traces.store import read_info
@@ -34,8 +33,7 @@ Step: TypeAlias = "tuple[int, str, str | None]"
 """Sequence number, node, edge taken."""
 
 _SPAN = b'{"record":"span","episode_id":"'
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
-_NUMBER = re.compile(rb"-?\d+")
+"""How the lines of our own writer begin."""
 
 
 @dataclass(slots=True)
@@ -62,6 +60,10 @@ class Row:
     """Seats that spoke, in order."""
     path: list[Step] = field(default_factory=list)
     """Nodes in order of writing."""
+    unread: int = 0
+    """Spans of which only the place is known."""
+    walked: bool = False
+    """Its path is counted among the graph's."""
     texts: list[str] = field(default_factory=list)
     """Outputs in lower case, for the text filter."""
     places: list[Place] = field(default_factory=list)
@@ -104,29 +106,34 @@ class Index:
         self.revision = 0
         self.damage: list[str] = []
         """Lines that do not read."""
-        self.edges: dict[str, Counter[tuple[str, str, str]]] = {}
-        """Of each graph: how often episodes went from a node by an edge to a node."""
+        self._edges: dict[str, Counter[tuple[str, str, str]]] = {}
         self._by_id: dict[str, Row] = {}
         self._early: dict[str, list[dict[str, Any]]] = {}
         """Annotations of episodes whose beginning was not read yet."""
+        self._unread: deque[tuple[Row, Place]] = deque()
+        """Spans whose facts were not looked at yet."""
         self._read: dict[Path, int] = {}
         self._torn: set[Path] = set()
         self._lock = threading.RLock()
 
     def refresh(self, most: int | None = None) -> bool:
-        """Reads what was appended since the last time, ``most`` bytes or a little more; says whether there was anything."""
+        """Reads on, ``most`` bytes or a little more; says whether there was anything to read."""
         with self._lock:
             self.revision += 1
-            left = -1 if most is None else most
+            left = budget = 2**62 if most is None else most
             for folder, take in (("annotations", self._note), ("spans", self._span)):
                 for file in sorted((self.path / folder).glob("*.jsonl")):
-                    left -= self._file(file, take, left)
-                    if most is not None and left <= 0:
-                        return True
-            if left == (-1 if most is None else most):
-                self.revision -= 1
-                return False
-            return True
+                    left -= self._file(file, take, left) if left > 0 else 0
+            left -= self._look(left)
+            self.revision -= left == budget
+            return left != budget
+
+    def report(self, fault: str) -> None:
+        """Adds to the damage what is not there yet."""
+        with self._lock:
+            if fault not in self.damage:
+                self.damage.append(fault)
+                self.revision += 1
 
     def row(self, episode_id: str) -> Row | None:
         with self._lock:
@@ -145,8 +152,21 @@ class Index:
                 "damage": self.damage[:20],
                 "damaged": len(self.damage),
                 "torn": len(self._torn),
-                "graphs": {graph: [[*edge, count] for edge, count in sorted(edges.items())] for graph, edges in self.edges.items()},
+                "graphs": {graph: [[*edge, count] for edge, count in sorted(edges.items())] for graph, edges in self.edges().items()},
             }
+
+    def edges(self) -> dict[str, Counter[tuple[str, str, str]]]:
+        """Of each graph: how often finished episodes went from a node by an edge to a node."""
+        with self._lock:
+            for row in self._walked():
+                self._edges.setdefault(str(row.start.get("graph", "")), Counter()).update(steps_of(row.path))
+            return self._edges
+
+    def _walked(self) -> Iterator[Row]:
+        for row in self.rows:
+            if row.end is not None and row.unread == 0 and not row.walked:
+                row.walked = True
+                yield row
 
     def search(self, text: str) -> list[int]:
         """Numbers of the rows in whose outputs a text occurs, in whatever case."""
@@ -170,7 +190,7 @@ class Index:
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                     self.damage.append(f"{file.name}, byte {at}: {type(error).__name__}: {error}"[:300])
                 at += len(line)
-                if 0 < most <= at - begun:
+                if at - begun >= most:
                     break
         self._read[file] = at
         return at - begun
@@ -178,19 +198,37 @@ class Index:
     def _span(self, line: bytes, place: Place) -> None:
         if line.startswith(_SPAN):
             row = self._touch(line[len(_SPAN) : line.index(b'"', len(_SPAN))].decode())
-            _glance(row, line)
         else:
             record = json.loads(line)
-            if record["record"] == "episode_start":
-                row = self._begin(record)
-            else:
-                row = self._touch(record["episode_id"])
-                if record["record"] == "episode_end":
-                    row.end = record
-                    self._walk(row)
-                else:
-                    _glance(row, json.dumps(record, separators=(",", ":")).encode())
+            kind = record["record"]
+            row = self._begin(record) if kind == "episode_start" else self._touch(record["episode_id"])
+            if kind != "span":
+                row.places.append(place)
+                row.end = record if kind == "episode_end" else row.end
+                return
         row.places.append(place)
+        row.turns += 1
+        row.unread += 1
+        self._unread.append((row, place))
+
+    def _look(self, most: int) -> int:
+        """Reads facts of spans whose places are known; returns how many bytes that were."""
+        read = 0
+        files: dict[Path, IO[bytes]] = {}
+        while self._unread and read < most:
+            row, (file, at, length) = self._unread.popleft()
+            lines = files.setdefault(file, files.get(file) or file.open("rb"))
+            lines.seek(at)
+            read += length
+            try:
+                _facts(row, json.loads(lines.read(length)))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                self.damage.append(f"{file.name}, byte {at}: {type(error).__name__}: {error}"[:300])
+            row.revision = self.revision
+            row.unread -= 1
+        for lines in files.values():
+            lines.close()
+        return read
 
     def _note(self, line: bytes, place: Place) -> None:
         record = json.loads(line)
@@ -212,10 +250,6 @@ class Index:
             raise ValueError(f"a record of episode {episode_id[:40]!r}, which has not begun")
         row.revision = self.revision
         return row
-
-    def _walk(self, row: Row) -> None:
-        counts = self.edges.setdefault(str(row.start.get("graph", "")), Counter())
-        counts.update(steps_of(row.path))
 
 
 def steps_of(path: Iterable[Step]) -> list[tuple[str, str, str]]:
@@ -250,43 +284,16 @@ def clipped(text: Any, longest: int = 300) -> Any:
     return text if not isinstance(text, str) or len(text) <= longest else text[:longest] + "…"
 
 
-_KEYS = {
-    name: f'"{name}":'.encode()
-    for name in (names.PARSE_ERROR, names.OUTPUT_TOKENS, names.ROLE, names.NODE, names.EDGE, names.OUTPUT, names.TOOL_RESULT, "seq")
-}
-
-
-def _glance(row: Row, line: bytes) -> None:
-    row.turns += 1
-    row.failures += b'"status":"error"' in line
-    row.faults += _KEYS[names.PARSE_ERROR] in line
-    row.tokens += _number(line, names.OUTPUT_TOKENS) or 0
-    role, node = _string(line, names.ROLE), _string(line, names.NODE)
+def _facts(row: Row, span: dict[str, Any]) -> None:
+    attributes = span["attributes"]
+    row.failures += span["status"] == "error"
+    row.faults += names.PARSE_ERROR in attributes
+    row.tokens += attributes.get(names.OUTPUT_TOKENS, 0)
+    role = attributes.get(names.ROLE)
     if role is not None:
-        row.roles[role] = None
-    if node is not None:
-        row.path.append((_number(line, "seq") or 0, node, _string(line, names.EDGE)))
-    said = _string(line, names.OUTPUT if role is not None else names.TOOL_RESULT)
+        row.roles[str(role)] = None
+    if names.NODE in attributes:
+        row.path.append((span["seq"], str(attributes[names.NODE]), attributes.get(names.EDGE)))
+    said = attributes.get(names.OUTPUT if role is not None else names.TOOL_RESULT)
     if said:
-        row.texts.append(said[:SEARCHED].lower())
-
-
-def _after(line: bytes, name: str) -> int:
-    key = _KEYS[name]
-    at = line.find(key)
-    return -1 if at < 0 else at + len(key)
-
-
-def _string(line: bytes, name: str) -> str | None:
-    at = _after(line, name)
-    found = _STRING.match(line, at) if at >= 0 else None
-    if found is None:
-        return None
-    raw = found.group()
-    return str(json.loads(raw)) if b"\\" in raw else raw[1:-1].decode()
-
-
-def _number(line: bytes, name: str) -> int | None:
-    at = _after(line, name)
-    found = _NUMBER.match(line, at) if at >= 0 else None
-    return int(found.group()) if found else None
+        row.texts.append(str(said)[:SEARCHED].lower())

@@ -16,6 +16,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -31,7 +32,6 @@ from monologue.traces.store import Appender, RunError
 
 SCRIPTS = ("htm-preact.js", "data.js", "text.js", "tokens.js", "list.js", "episode.js", "graph.js", "app.js")
 """In the order in which they need each other."""
-STATIC = {**dict.fromkeys(SCRIPTS, "text/javascript"), "app.css": "text/css"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -50,6 +50,12 @@ class BadRequest(Exception):
 def static(name: str) -> str:
     """A file of the page itself."""
     return (files("monologue.traces.page") / "static" / name).read_text(encoding="utf-8")
+
+
+@cache
+def scripts() -> str:
+    """All scripts as one, so that a browser asks once."""
+    return '"use strict";\n' + "\n".join(static(name) for name in SCRIPTS)
 
 
 def embedded(value: Any) -> str:
@@ -74,14 +80,18 @@ class Desk:
     def follow(self) -> None:
         """Keeps the index up to date until ``stopping``."""
         while not self.stopping.is_set():
-            self._reading = self.index.refresh(AT_ONCE)
+            try:
+                self._reading = self.index.refresh(AT_ONCE)
+            except OSError as error:
+                self._reading = False
+                self.index.report(f"the run cannot be read on: {error.strerror}")
             self.stopping.wait(0.001 if self._reading else 0.3)
 
     def listing(self, after: int) -> dict[str, Any]:
-        return clean({**self.index.changes(after), "reading": self._reading}) if after != self.index.revision or self._reading else self._same()
-
-    def _same(self) -> dict[str, Any]:
-        return {"revision": self.index.revision, "count": len(self.index.rows), "rows": [], "reading": False, "same": True}
+        """Rows that changed after a revision; ``same`` where nothing did."""
+        if after == self.index.revision and not self._reading:
+            return {"revision": after, "rows": [], "reading": False, "same": True}
+        return {**self.index.changes(after), "reading": self._reading}
 
     def episode(self, episode_id: str) -> dict[str, Any] | None:
         """An episode's detail; None where the run has none of that id."""
@@ -212,8 +222,10 @@ class Handler(BaseHTTPRequestHandler):
         desk = self.server.desk
         if path == "":
             self._send(document(desk).encode(), "text/html; charset=utf-8")
-        elif path in STATIC:
-            self._send(static(path).encode(), f"{STATIC[path]}; charset=utf-8")
+        elif path == "page.css":
+            self._send(static("app.css").encode(), "text/css; charset=utf-8")
+        elif path == "page.js":
+            self._send(scripts().encode(), "text/javascript; charset=utf-8")
         elif path == "api/index":
             self._json(desk.listing(_whole(query.get("after", "0"))))
         elif path == "api/search":
@@ -281,8 +293,8 @@ def document(desk: Desk) -> str:
     boot = {"served": True, "name": desk.path.resolve().name, "info": desk.index.info}
     return (
         static("index.html")
-        .replace("{{HEAD}}", '<link rel="stylesheet" href="app.css">')
-        .replace("{{SCRIPTS}}", "\n".join(f'<script src="{name}"></script>' for name in SCRIPTS))
+        .replace("{{HEAD}}", '<link rel="stylesheet" href="page.css">')
+        .replace("{{SCRIPTS}}", '<script src="page.js"></script>')
         .replace("{{BOOT}}", embedded(boot))
     )
 

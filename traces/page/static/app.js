@@ -1,6 +1,4 @@
 // The page: what is chosen, what is shown, what keys do, and following a run that is still written.
-"use strict";
-
 const POLL = 1000;
 const GROUP_MOST = 12;
 
@@ -29,7 +27,7 @@ function useListing() {
     let timer;
     const again = async () => {
       const reading = await poll();
-      if (boot.served) timer = setTimeout(again, reading ? 60 : document.hidden ? 5 * POLL : POLL);
+      if (boot.served) timer = setTimeout(again, reading ? 150 : document.hidden ? 5 * POLL : POLL);
     };
     again();
     return () => clearTimeout(timer);
@@ -48,7 +46,6 @@ function useDetail(row) {
     const timer = setTimeout(
       async () => {
         try {
-          await source.ready;
           const detail = await source.episode(row);
           if (!stale) setFound({ id: row.id, detail, error: "" });
         } catch (error) {

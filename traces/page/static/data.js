@@ -1,6 +1,4 @@
 // Where the page's data comes from: the server that serves it, or the file that holds it. Both answer the same questions.
-"use strict";
-
 const boot = JSON.parse(document.getElementById("boot").textContent);
 
 function servedSource() {
@@ -14,7 +12,7 @@ function servedSource() {
     episode: (row) => get(`api/episode?id=${encodeURIComponent(row.id)}`),
     search: (text) => get(`api/search?q=${encodeURIComponent(text)}`),
     curves: () => get("api/curves"),
-    picture: (sha256) => `image/${sha256}.png`,
+    picture: async (sha256) => `image/${sha256}.png`,
     async annotate(wish) {
       const answer = await fetch("api/annotate", {
         method: "POST",
@@ -29,13 +27,21 @@ function servedSource() {
 
 function fileSource() {
   const parsed = new Map();
-  const loaded = new Promise((done) => {
-    if (document.readyState !== "loading") done();
-    else document.addEventListener("DOMContentLoaded", () => done());
-  });
+  // The browser may still be reading the file: an element is whole once something follows it.
+  const whole = (name) => {
+    const element = document.getElementById(name);
+    return element && (element.nextElementSibling || document.readyState !== "loading") ? element.textContent : null;
+  };
+  const present = async (name) => {
+    for (;;) {
+      const [done, text] = [document.readyState !== "loading", whole(name)];
+      if (text !== null) return text;
+      if (done) throw new Error(`the file lacks its part ${name}; it was cut off`);
+      await new Promise((next) => setTimeout(next, 30));
+    }
+  };
   const unpack = async (name) => {
-    if (!document.getElementById(name)) await loaded;
-    const packed = Uint8Array.from(atob(document.getElementById(name).textContent), (c) => c.charCodeAt(0));
+    const packed = Uint8Array.from(atob(await present(name)), (c) => c.charCodeAt(0));
     const plain = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
     return new Response(plain).json();
   };
@@ -44,7 +50,7 @@ function fileSource() {
     return parsed.get(name);
   };
   return {
-    index: async () => JSON.parse(document.getElementById("index").textContent),
+    index: async () => JSON.parse(await present("index")),
     async episode(row) {
       const found = (await part(`episodes-${Math.floor(row.number / boot.chunk)}`))[row.number % boot.chunk];
       if (found.fault) throw new Error(found.fault);
@@ -54,12 +60,8 @@ function fileSource() {
       const wanted = text.toLowerCase();
       return (await part("texts")).flatMap((said, number) => (said.includes(wanted) ? [number] : []));
     },
-    curves: async () => JSON.parse(document.getElementById("curves").textContent),
-    picture(sha256) {
-      const kept = document.getElementById(`picture-${sha256}`);
-      return kept ? `data:image/png;base64,${kept.textContent}` : null;
-    },
-    ready: loaded,
+    curves: async () => JSON.parse(await present("curves")),
+    picture: async (sha256) => `data:image/png;base64,${await present(`picture-${sha256}`)}`,
     annotate: null,
   };
 }

@@ -1,6 +1,4 @@
 // One episode: picture, turns, rewards and remarks.
-"use strict";
-
 const regionOf = (span) => (Array.isArray(span.action?.region) && span.action.region.length === 4 ? span.action.region.map(Number) : null);
 
 // Pictures of an episode, each once, with the turns that saw it.
@@ -43,18 +41,20 @@ function Patches({ image, weights }) {
 }
 
 function Picture({ image, regions, focus, place, count }) {
-  const address = source.picture(image.sha256);
+  const [address, setAddress] = useState("");
   const seen = image.turns.map((turn) => turn + 1).join(", ");
   const small = Math.max(image.width, image.height) < 200;
   const words = `picture ${place + 1} of ${count}, ${image.width} × ${image.height} pixels, seen in turn ${seen}`;
   const [failed, setFailed] = useState(false);
-  useEffect(() => setFailed(false), [address]);
+  useEffect(() => {
+    source.picture(image.sha256).then(setAddress, () => setFailed(true));
+  }, [image.sha256]);
   const weights = focus === null ? null : image.attention?.[focus];
   return html`<figure class="picture">
     <div class="frame">
-      ${address === null || failed
+      ${failed
         ? html`<p class="bad missing">The run lacks picture ${image.sha256.slice(0, 12)}.</p>`
-        : html`<img src=${address} alt=${words} class=${small ? "small" : ""} onError=${() => setFailed(true)} />`}
+        : address !== "" && html`<img src=${address} alt=${words} class=${small ? "small" : ""} onError=${() => setFailed(true)} />`}
       <svg viewBox=${`0 0 ${image.width} ${image.height}`} preserveAspectRatio="none" aria-hidden="true">
         <${Patches} image=${image} weights=${weights} />
         ${regions.map(

@@ -1,6 +1,4 @@
 // The graph with the path taken, and training curves: plain SVG.
-"use strict";
-
 const BOX = { height: 34, gap: 92, top: 96 };
 
 // Nodes in the order in which paths reach them, the end last.

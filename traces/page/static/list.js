@@ -1,6 +1,4 @@
 // The list of episodes: only the rows in sight exist, so ten thousand cost what thirty cost.
-"use strict";
-
 const ROW = 58;
 const SPARE = 6;
 

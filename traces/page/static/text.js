@@ -1,6 +1,4 @@
 // Text of models and strangers: only ever text nodes, with every invisible or direction-changing character shown as a mark.
-"use strict";
-
 const { html, render, useState, useEffect, useLayoutEffect, useMemo, useRef, useCallback } = window.htmPreact;
 
 const NAMES = {

@@ -1,6 +1,4 @@
 // Tokens of a reply, shaded by a value that each of them has; the exact value on hover and on focus.
-"use strict";
-
 const MODES = { logprob: "log-prob", entropy: "entropy", advantage: "advantage", plain: "plain text" };
 const MOST_TOKENS = 1000;
 const LONGEST_TOKEN = 200;
