@@ -1,7 +1,7 @@
 """One episode as plain JSON: everything the page shows of it, ids and log-probs decoded.
 
-Numbers go out as they are stored: a float32 widened to float64 prints the same digits in Python and in the browser, so the value on hover is
-the value in the trace. What did not happen is null, and the page says "not recorded"; a number that is none (NaN) goes out as a word.
+Numbers go out as they are stored: a float32 widened to float64 prints the same digits in Python and in the browser, so the value on hover
+is the value in the trace. What did not happen is null, and the page says "not recorded"; a number that is none (NaN) goes out as a word.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from monologue.traces import names
 from monologue.traces.codes import unpack_bytes, unpack_floats, unpack_ids
 from monologue.traces.page.index import Place, Row, reward_of, steps_of
 from monologue.traces.page.pieces import Pieces
-from monologue.traces.schema import Annotation, EpisodeEnd, SpanRecord
+from monologue.traces.schema import EpisodeEnd, SpanRecord
 from monologue.traces.store import RunError, parse_line
 
 CURVES = ("curve.jsonl", "metrics.jsonl")
@@ -36,7 +36,7 @@ def detail(row: Row, pieces: Pieces) -> dict[str, Any]:
             end = record.model_dump()
     spans.sort(key=lambda span: span.seq)
     notes = [_note(record) for record in row.notes]
-    return clean(
+    found: dict[str, Any] = clean(
         {
             "number": row.number,
             "revision": row.revision,
@@ -48,6 +48,7 @@ def detail(row: Row, pieces: Pieces) -> dict[str, Any]:
             "path": _path(spans) if end else _path(spans)[:-1],
         }
     )
+    return found
 
 
 def _path(spans: Sequence[SpanRecord]) -> list[tuple[str, str, str]]:
@@ -132,13 +133,15 @@ def _tokens(span: SpanRecord, pieces: Pieces, notes: Sequence[Mapping[str, Any]]
         return None
     mask = _try(unpack_bytes, a.get(names.LOSS_MASK))
     values: dict[str, Any] = {"logprob": _try(unpack_floats, a.get(names.SAMPLED_LOGPROBS))}
+    maker = str(a.get(names.TOKENIZER, "")), str(a.get(names.MODEL, ""))
     values["entropy"] = _try(unpack_floats, a.get(names.SAMPLED_ENTROPIES))
     for name in TOKEN_VALUES:
         found = _spread(name, span, len(ids), notes)
         values[name] = found if found is not None else values.get(name)
     return {
         "ids": ids,
-        "text": pieces.of(ids, str(a.get(names.TOKENIZER, "")), str(a.get(names.MODEL, ""))),
+        "text": pieces.of(ids, *maker),
+        "gap": pieces.gap(*maker),
         "mask": None if mask is None else list(mask),
         "values": values,
     }
@@ -163,11 +166,8 @@ def _spread(name: str, span: SpanRecord, count: int, notes: Sequence[Mapping[str
 
 def _images(a: Mapping[str, Any]) -> list[dict[str, Any]]:
     listed = _try(json.loads, a.get(names.IMAGES)) or []
-    return [
-        {name: one.get(name) for name in ("sha256", "width", "height", "grid", "placeholder_count")}
-        for one in listed
-        if isinstance(one, dict)
-    ]
+    shown = ("sha256", "width", "height", "grid", "placeholder_count")
+    return [{name: one.get(name) for name in shown} for one in listed if isinstance(one, dict)]
 
 
 def _try(read: Callable[[Any], Any], value: Any) -> Any:

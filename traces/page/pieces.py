@@ -1,7 +1,8 @@
 """What a token id says. The trace holds ids and the hash of the tokenizer that made them, not the text of each token.
 
-A tokenizer file is believed only where its hash is the one in the trace: a wrong vocabulary would show plausible nonsense. Looked for
-in ``RUN/tokenizers``, in files that the user names, in the model's folder, and in the local Hugging Face cache. None found: the page shows ids.
+A tokenizer file is believed only where its hash is the one in the trace: a wrong vocabulary would show plausible nonsense. Looked for in
+``RUN/tokenizers``, in files that the user names, in the model's folder, and in the local Hugging Face cache. None found: the page shows
+ids.
 """
 
 from __future__ import annotations
@@ -26,20 +27,28 @@ class Pieces:
 
     def __init__(self, run: Path, files: Sequence[Path] = ()) -> None:
         self._named = [*sorted((run / "tokenizers").glob("*.json")), *files]
-        self._known: dict[str, Speller | None] = {hash_of(BYTES): _speller(BYTES)}
+        self._known: dict[str, tuple[Speller, str] | None] = {hash_of(BYTES): (_speller(BYTES), "")}
 
     def of(self, ids: Iterable[int], tokenizer_hash: str, model: str) -> list[str] | None:
         """One text per id; None where the tokenizer is not at hand."""
-        if tokenizer_hash not in self._known:
-            self._known[tokenizer_hash] = self._find(tokenizer_hash, model)
-        spell = self._known[tokenizer_hash]
-        return None if spell is None else [spell(one) for one in ids]
+        found = self._tokenizer(tokenizer_hash, model)
+        return None if found is None else [found[0](one) for one in ids]
 
-    def _find(self, wanted: str, model: str) -> Speller | None:
+    def gap(self, tokenizer_hash: str, model: str) -> str:
+        """What stands between two tokens when they are read: a blank where tokens are whole words."""
+        found = self._tokenizer(tokenizer_hash, model)
+        return "" if found is None else found[1]
+
+    def _tokenizer(self, wanted: str, model: str) -> tuple[Speller, str] | None:
+        if wanted not in self._known:
+            self._known[wanted] = self._find(wanted, model)
+        return self._known[wanted]
+
+    def _find(self, wanted: str, model: str) -> tuple[Speller, str] | None:
         for file in (*self._named, *_places(model)):
             facts = _read(file)
             if facts is not None and hash_of(facts) == wanted:
-                return _speller(facts)
+                return _speller(facts), " " if facts.get("model", {}).get("type") == "WordLevel" else ""
         return None
 
 
@@ -73,15 +82,12 @@ def _speller(facts: dict[str, Any]) -> Speller:
         return _byte_speller(facts["specials"])
     vocabulary = _vocabulary(facts)
     special = {one["id"] for one in facts.get("added_tokens", ())}
-    gap = " " if facts.get("model", {}).get("type") == "WordLevel" else ""
     letters = _letters() if "ByteLevel" in json.dumps([facts.get("decoder"), facts.get("pre_tokenizer")]) else None
 
     def spell(one: int) -> str:
         text = vocabulary.get(one)
         if text is None:
             return f"<{one}>"
-        if gap:
-            return text + gap
         if one in special:
             return text
         if letters is not None:

@@ -163,7 +163,7 @@ function Top({ listing, rows, view, setView, curves, row }) {
 
 function ModeSwitch({ mode, setMode }) {
   return html`<fieldset class="modes">
-    <legend>shade tokens by</legend>
+    <legend>shade by</legend>
     ${Object.entries(MODES).map(
       ([name, words]) => html`<label><input type="radio" name="mode" value=${name} checked=${mode === name} onChange=${() => setMode(name)} />${words}</label>`,
     )}
@@ -210,6 +210,7 @@ function Episode({ row, mode, setMode, graphs, poll }) {
 function Group({ row, rows, mode, choose }) {
   const mates = useMemo(() => rows.filter((one) => one.group === row.group).sort((a, b) => a.sample - b.sample || a.number - b.number), [rows, row.group]);
   const [most, setMost] = useState(GROUP_MOST);
+  const [{ detail }] = useDetail(row);
   const scored = mates.filter((one) => one.reward !== null);
   const mean = scored.reduce((sum, one) => sum + one.reward, 0) / (scored.length || 1);
   return html`<section class="group" aria-label="group">
@@ -217,6 +218,7 @@ function Group({ row, rows, mode, choose }) {
     <p class="quiet">
       ${plural(mates.length, "episode")} of group ${spoken(row.group)}${scored.length > 0 && `, mean reward ${round(mean)}`}${row.gold !== null && html`, right is <${Said} text=${row.gold} cut=${200} />`}
     </p>
+    ${detail && picturesOf(detail.spans).length > 0 && html`<${Pictures} detail=${detail} focus=${null} />`}
     <div class="mates" tabindex="0" role="list" aria-label="episodes of the group">
       ${mates.slice(0, most).map((one) => html`<${Mate} key=${one.id} row=${one} mean=${scored.length > 1 ? mean : null} mode=${mode} choose=${choose} />`)}
     </div>

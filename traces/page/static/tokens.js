@@ -1,5 +1,5 @@
 // Tokens of a reply, shaded by a value that each of them has; the exact value on hover and on focus.
-const MODES = { logprob: "log-prob", entropy: "entropy", advantage: "advantage", plain: "plain text" };
+const MODES = { logprob: "log-prob", entropy: "entropy", advantage: "advantage", plain: "nothing" };
 const MOST_TOKENS = 1000;
 const LONGEST_TOKEN = 200;
 
@@ -64,7 +64,7 @@ function Tokens({ tokens, mode, label }) {
           aria-label=${tokenLabel(tokens, place)}
           role="img"
           >${tokenBody(tokens, place)}</span
-        >`;
+        >${tokens.text === null ? "" : tokens.gap}`;
       }),
     [tokens, mode, most, scale],
   );
