@@ -265,11 +265,20 @@ def test_ten_thousand_episodes_are_listed_in_steps(tmp_path: Path) -> None:
 def test_damaged_lines_are_counted_and_named_and_the_rest_is_shown(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:
     (file,) = (run[0] / "spans").glob("*.jsonl")
     lines = file.read_bytes().splitlines(keepends=True)
-    junk = (b"no json\n", b"[]\n", b'{"record":"span","episode_id":"nobody"}\n', b"[" * 100_000 + b"\n", b"\xff\xfe\n")
-    file.write_bytes(b"".join([*junk, *lines]))
+    junk = (
+        b"no json\n",
+        b"[]\n",
+        b'{"record":"span","episode_id":"nobody"}\n',
+        b"[" * 100_000 + b"\n",
+        b"\xff\xfe\n",
+        lines[0].replace(b'"attempt":0', b'"attempt":"x"'),
+    )
+    file.write_bytes(b"".join([*junk, *lines, lines[0]]))
     index = Index(run[0])
     index.refresh()
-    assert len(index.rows) == 6 and len(index.damage) == len(junk) and file.name in index.damage[0]
+    assert (
+        len(index.rows) == 6 and len(index.damage) == len(junk) + 1 and "begins twice" in index.damage[-1] and file.name in index.damage[0]
+    )
     file.write_bytes(b"".join([*junk, *lines]).replace(b'"status":"ok"', b'"status":"xx"'))
     with pytest.raises(RunError, match="not a record"):
         detail(index.rows[0], Pieces(run[0]))

@@ -36,19 +36,16 @@ def detail(row: Row, pieces: Pieces) -> dict[str, Any]:
             end = record.model_dump()
     spans.sort(key=lambda span: span.seq)
     notes = [_note(record) for record in row.notes]
-    found: dict[str, Any] = clean(
-        {
-            "number": row.number,
-            "revision": row.revision,
-            "start": row.start,
-            "end": end,
-            "reward": reward_of(row.notes),
-            "notes": notes,
-            "spans": [_span(span, pieces, notes) for span in spans],
-            "path": _path(spans) if end else _path(spans)[:-1],
-        }
-    )
-    return found
+    return {
+        "number": row.number,
+        "revision": row.revision,
+        "start": row.start,
+        "end": end,
+        "reward": reward_of(row.notes),
+        "notes": notes,
+        "spans": [_span(span, pieces, notes) for span in spans],
+        "path": _path(spans) if end else _path(spans)[:-1],
+    }
 
 
 def _path(spans: Sequence[SpanRecord]) -> list[tuple[str, str, str]]:
@@ -176,6 +173,14 @@ def _try(read: Callable[[Any], Any], value: Any) -> Any:
         return None if value is None else read(value)
     except (ValueError, TypeError, RecursionError):
         return None
+
+
+def encoded(value: Any) -> str:
+    """Compact JSON that every browser reads."""
+    try:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        return json.dumps(clean(value), separators=(",", ":"))
 
 
 def clean(value: Any) -> Any:

@@ -10,12 +10,11 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from monologue.traces.page.detail import clean, curves, detail
+from monologue.traces.page.detail import curves, detail, encoded
 from monologue.traces.page.index import Index
 from monologue.traces.page.pieces import Pieces
 from monologue.traces.page.serve import embedded, scripts, static
@@ -94,4 +93,4 @@ def _is_hash(text: Any) -> bool:
 
 
 def _packed(value: Any) -> str:
-    return base64.b64encode(gzip.compress(json.dumps(clean(value), separators=(",", ":")).encode(), 5, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(encoded(value).encode(), 5, mtime=0)).decode()

@@ -15,10 +15,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, Annotated, Any, TypeAlias
+
+from pydantic import Field, TypeAdapter
 
 from monologue.traces import names
-from monologue.traces.store import read_info
+from monologue.traces.schema import Annotation, EpisodeEnd, EpisodeStart, SpanRecord
+from monologue.traces.store import Line, read_info
 
 FIELDS = (
     *("id", "group", "sample", "attempt", "problem", "task", "graph", "family", "question", "gold", "status", "answer", "error"),
@@ -32,6 +35,7 @@ Place: TypeAlias = "tuple[Path, int, int]"
 Step: TypeAlias = "tuple[int, str, str | None]"
 """Sequence number, node, edge taken."""
 
+_RECORD: TypeAdapter[Line] = TypeAdapter(Annotated[EpisodeStart | SpanRecord | EpisodeEnd | Annotation, Field(discriminator="record")])
 _SPAN = b'{"record":"span","episode_id":"'
 """How the lines of our own writer begin."""
 
@@ -197,15 +201,22 @@ class Index:
 
     def _span(self, line: bytes, place: Place) -> None:
         if line.startswith(_SPAN):
-            row = self._touch(line[len(_SPAN) : line.index(b'"', len(_SPAN))].decode())
+            self._step(line[len(_SPAN) : line.index(b'"', len(_SPAN))].decode(), place)
+            return
+        record = _RECORD.validate_json(line)
+        if isinstance(record, EpisodeStart):
+            self._begin(record.model_dump()).places.append(place)
+        elif isinstance(record, EpisodeEnd):
+            row = self._touch(record.episode_id)
+            row.end = record.model_dump()
+            row.places.append(place)
+        elif isinstance(record, SpanRecord):
+            self._step(record.episode_id, place)
         else:
-            record = json.loads(line)
-            kind = record["record"]
-            row = self._begin(record) if kind == "episode_start" else self._touch(record["episode_id"])
-            if kind != "span":
-                row.places.append(place)
-                row.end = record if kind == "episode_end" else row.end
-                return
+            raise ValueError("an annotation among the spans")
+
+    def _step(self, episode_id: str, place: Place) -> None:
+        row = self._touch(episode_id)
         row.places.append(place)
         row.turns += 1
         row.unread += 1
@@ -231,7 +242,7 @@ class Index:
         return read
 
     def _note(self, line: bytes, place: Place) -> None:
-        record = json.loads(line)
+        record = Annotation.model_validate_json(line).model_dump()
         key = record["episode_id"]
         if key in self._by_id:
             self._touch(key).notes.append(record)
@@ -239,6 +250,8 @@ class Index:
             self._early.setdefault(key, []).append(record)
 
     def _begin(self, record: dict[str, Any]) -> Row:
+        if record["episode_id"] in self._by_id:
+            raise ValueError(f"episode {record['episode_id'][:40]!r} begins twice")
         row = Row(record, len(self.rows), self.revision, notes=self._early.pop(record["episode_id"], []))
         self.rows.append(row)
         self._by_id[record["episode_id"]] = row
@@ -293,7 +306,8 @@ def _facts(row: Row, span: dict[str, Any]) -> None:
     if role is not None:
         row.roles[str(role)] = None
     if names.NODE in attributes:
-        row.path.append((span["seq"], str(attributes[names.NODE]), attributes.get(names.EDGE)))
+        edge = attributes.get(names.EDGE)
+        row.path.append((int(span["seq"]), str(attributes[names.NODE]), None if edge is None else str(edge)))
     said = attributes.get(names.OUTPUT if role is not None else names.TOOL_RESULT)
     if said:
         row.texts.append(str(said)[:SEARCHED].lower())

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from monologue.traces.page.detail import clean, curves, detail
+from monologue.traces.page.detail import curves, detail, encoded
 from monologue.traces.page.index import Index
 from monologue.traces.page.pieces import Pieces
 from monologue.traces.schema import Annotation
@@ -60,8 +60,7 @@ def scripts() -> str:
 
 def embedded(value: Any) -> str:
     """JSON for a script element: no text can end the element, begin a comment, or break a line of JavaScript."""
-    text = json.dumps(clean(value), ensure_ascii=True, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return encoded(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 class Desk:
@@ -264,7 +263,7 @@ class Handler(BaseHTTPRequestHandler):
         if value is None:
             self._say(HTTPStatus.NOT_FOUND, "the run has no episode of that id")
         else:
-            self._send(json.dumps(value, separators=(",", ":")).encode(), "application/json")
+            self._send(encoded(value).encode(), "application/json")
 
     def _say(self, status: HTTPStatus, words: str) -> None:
         self._send(words.encode(), "text/plain; charset=utf-8", status=status)

@@ -233,7 +233,7 @@ function Mate({ row, mean, mode, choose }) {
   return html`<article class="mate" role="listitem">
     <header>
       <span class=${`outcome ${kind}`}><span aria-hidden="true">${mark}</span><span class="unseen">${word}</span></span>
-      <h3>sample ${row.sample + 1}</h3>
+      <h3 aria-label=${`sample ${row.sample + 1}`}>#${row.sample + 1}</h3>
       <span class="figure"
         >${row.reward !== null && html`<span title=${`reward ${row.reward}`}>${round(row.reward)}</span>`}${row.reward !== null && mean !== null &&
         html` <span class="quiet" title="reward less the group's mean">(${row.reward - mean >= 0 ? "+" : "−"}${round(Math.abs(row.reward - mean))})</span>`}</span

@@ -24,12 +24,13 @@ function Graph({ path, run }) {
   const widths = order.map((node) => 28 + 8 * caption(node).length);
   const lefts = widths.map((_, place) => 4 + widths.slice(0, place).reduce((sum, width) => sum + width + BOX.gap, 0));
   const edges = bundled([...known.entries()].map(([key, one]) => ({ ...one, times: taken.get(key) ?? 0 })), order);
-  const reach = Math.max(0, ...edges.map((one) => Math.abs(one.j - one.i) - (one.j === one.i + 1 ? 1 : 0)));
+  const above = Math.max(-1, ...edges.filter((one) => one.j > one.i + 1 || one.j === one.i).map((one) => one.j - one.i));
+  const below = Math.max(0, ...edges.map((one) => one.i - one.j));
   const [top, bottom] = [BOX.top, BOX.top + BOX.height];
   const width = lefts.at(-1) + widths.at(-1) + 4;
   const words = path.map(([, edge, to]) => `${edge ? ` by ${spoken(edge)}` : ""} to ${spoken(to)}`).join(",");
-  const height = bottom + (edges.some((one) => one.j < one.i) ? 34 + 16 * reach : 8);
-  const least = BOX.top - (edges.some((one) => one.j > one.i + 1 || one.j === one.i) ? 34 + 16 * reach : 30);
+  const height = bottom + (below > 0 ? 22 + 12 * below : 4);
+  const least = top - (above >= 0 ? 24 + 12 * above : 18);
   return html`<div class="graph" tabindex="0" role="group" aria-label="graph and path taken">
     <svg viewBox=${`0 ${least} ${width} ${height - least}`} width=${width} height=${height - least} role="img" aria-label=${`from start${words}`}>
       <defs>
@@ -55,7 +56,7 @@ function bundled(edges, order) {
     const [i, j] = [order.indexOf(one.from), order.indexOf(one.to)];
     if (i < 0 || j < 0) continue;
     const line = found.get(`${i} ${j}`) ?? { i, j, labels: [], times: 0, count: 0 };
-    if (one.edge) line.labels.push(spoken(one.edge).slice(0, 24));
+    if (one.edge) line.labels.push([one.times, spoken(one.edge).slice(0, 24)]);
     line.times += one.times;
     line.count += one.count;
     found.set(`${i} ${j}`, line);
@@ -65,7 +66,8 @@ function bundled(edges, order) {
 
 function Edge({ i, j, labels, times, count, lefts, widths, top, bottom }) {
   const middle = (place) => lefts[place] + widths[place] / 2;
-  const mark = times > 1 ? `${labels.join(", ")} ×${times}` : labels.join(", ");
+  const shown = labels.filter(([here]) => here > 0 || times === 0);
+  const mark = shown.map(([here, name]) => (here > 1 ? `${name} ×${here}` : name)).join(", ");
   let line, x, y;
   if (j === i + 1) {
     [line, x, y] = [`M${lefts[i] + widths[i]} ${top + 12}H${lefts[j] - 1}`, (lefts[i] + widths[i] + lefts[j]) / 2, top + 6];
@@ -79,7 +81,7 @@ function Edge({ i, j, labels, times, count, lefts, widths, top, bottom }) {
   return html`<g class=${`edge ${times ? "taken" : ""}`}>
     <path d=${line} marker-end=${times ? "url(#tip-taken)" : "url(#tip)"} />
     <text x=${x} y=${y}>${mark}</text>
-    <title>${labels.join(", ") || "edge"}: ${times} here, ${count} in the finished episodes of the run</title>
+    <title>${labels.map(([, name]) => name).join(", ") || "edge"}: ${times} here, ${count} in the finished episodes of the run</title>
   </g>`;
 }
 
