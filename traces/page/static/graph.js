@@ -1,6 +1,9 @@
 // The graph with the path taken, and training curves: plain SVG.
 const BOX = { height: 34, gap: 92, top: 96 };
 
+// How far the handles of an arc over so many nodes reach out; the arc itself reaches three quarters of it.
+const bow = (nodes) => 20 + 14 * nodes;
+
 // Nodes in the order in which paths reach them, the end last.
 function orderOf(moves) {
   const order = ["start"];
@@ -29,8 +32,8 @@ function Graph({ path, run }) {
   const [top, bottom] = [BOX.top, BOX.top + BOX.height];
   const width = lefts.at(-1) + widths.at(-1) + 4;
   const words = path.map(([, edge, to]) => `${edge ? ` by ${spoken(edge)}` : ""} to ${spoken(to)}`).join(",");
-  const height = bottom + (below > 0 ? 22 + 12 * below : 4);
-  const least = top - (above >= 0 ? 24 + 12 * above : 18);
+  const height = bottom + (below > 0 ? bow(below) * 0.75 + 18 : 4);
+  const least = top - (above >= 0 ? bow(above) * 0.75 + 18 : 18);
   return html`<div class="graph" tabindex="0" role="group" aria-label="graph and path taken">
     <svg viewBox=${`0 ${least} ${width} ${height - least}`} width=${width} height=${height - least} role="img" aria-label=${`from start${words}`}>
       <defs>
@@ -72,11 +75,11 @@ function Edge({ i, j, labels, times, count, lefts, widths, top, bottom }) {
   if (j === i + 1) {
     [line, x, y] = [`M${lefts[i] + widths[i]} ${top + 12}H${lefts[j] - 1}`, (lefts[i] + widths[i] + lefts[j]) / 2, top + 6];
   } else if (j < i) {
-    const deep = bottom + 18 + 14 * (i - j);
-    [line, x, y] = [`M${middle(i)} ${bottom}C${middle(i)} ${deep} ${middle(j)} ${deep} ${middle(j)} ${bottom + 2}`, (middle(i) + middle(j)) / 2, deep + 2];
+    const deep = bottom + bow(i - j);
+    [line, x, y] = [`M${middle(i)} ${bottom}C${middle(i)} ${deep} ${middle(j)} ${deep} ${middle(j)} ${bottom + 2}`, (middle(i) + middle(j)) / 2, bottom + bow(i - j) * 0.75 + 13];
   } else {
-    const high = top - 18 - 14 * (j - i);
-    [line, x, y] = [`M${middle(i) - (i === j ? 12 : 0)} ${top}C${middle(i) - (i === j ? 30 : 0)} ${high} ${middle(j) + (i === j ? 30 : 0)} ${high} ${middle(j) + (i === j ? 12 : 0)} ${top - 2}`, (middle(i) + middle(j)) / 2, high + 4];
+    const high = top - bow(j - i);
+    [line, x, y] = [`M${middle(i) - (i === j ? 12 : 0)} ${top}C${middle(i) - (i === j ? 30 : 0)} ${high} ${middle(j) + (i === j ? 30 : 0)} ${high} ${middle(j) + (i === j ? 12 : 0)} ${top - 2}`, (middle(i) + middle(j)) / 2, top - bow(j - i) * 0.75 - 5];
   }
   return html`<g class=${`edge ${times ? "taken" : ""}`}>
     <path d=${line} marker-end=${times ? "url(#tip-taken)" : "url(#tip)"} />
