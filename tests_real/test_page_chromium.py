@@ -146,13 +146,13 @@ def test_shading_follows_the_mode_and_says_what_is_not_recorded(visit: Visit) ->
         ]
 
     page.wait_for_selector(".token", timeout=WAIT)
-    assert strengths() == pytest.approx([1.8, 26.3, 56.9, 0, 70, 8.8], abs=0.1)
+    assert strengths() == pytest.approx([1.55, 23.25, 50.4, 0, 62, 7.75], abs=0.1)
     page.check("input[value=advantage]")
-    assert strengths() == pytest.approx([8.8, 26.3, 52.5, 0, 70, 4.4], abs=0.1)
+    assert strengths() == pytest.approx([7.75, 23.25, 46.5, 0, 62, 3.9], abs=0.1)
     assert "minus" in tokens.nth(1).get_attribute("class") and "plus" in tokens.nth(2).get_attribute("class")
     assert "advantage not recorded" in page.inner_text("[data-turn='3']")
     page.check("input[value=entropy]")
-    assert strengths()[5] == 70 and "entropy not recorded" in page.inner_text("[data-turn='3']")
+    assert strengths()[5] == 62 and "entropy not recorded" in page.inner_text("[data-turn='3']")
     page.check("input[value=plain]")
     assert page.locator(".token").count() == 0 and "look !" in page.inner_text("[data-turn='0']")
 

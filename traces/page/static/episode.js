@@ -185,7 +185,9 @@ function Turn({ span, mode, notes, tone, focus, setFocus }) {
       <h3><span class="number">${span.seq + 1}</span> ${title}</h3>
       ${span.node && html`<span class="where">${spoken(span.node)}${span.edge ? ` → ${spoken(span.edge)}` : ""}</span>`}
       <${Flags} span=${span} />
-      <span class="cost" title=${facts(span)}>${cost.filter(Boolean).join(", ")}</span>
+      ${facts(span) === ""
+        ? html`<span class="cost">${cost.filter(Boolean).join(", ")}</span>`
+        : html`<details class="cost"><summary>${cost.filter(Boolean).join(", ")}</summary><pre>${facts(span)}</pre></details>`}
     </header>
     ${span.kind === "policy" && html`<${Heard} messages=${span.messages} /><${Reply} span=${span} mode=${mode} /><${Action} action=${span.action} />`}
     ${span.kind === "tool" && html`<${ToolCall} span=${span} />`}

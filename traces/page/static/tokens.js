@@ -2,15 +2,17 @@
 const MODES = { logprob: "log-prob", entropy: "entropy", advantage: "advantage", plain: "nothing" };
 const MOST_TOKENS = 1000;
 const LONGEST_TOKEN = 200;
+// Per cent of the shade: more, and light text on it falls below a contrast of 4.5.
+const STRONGEST = 62;
 
-// Class and strength, 0 to 100, of a value's shade. Log-probs: 0 is certain, -4 nats and less is full.
+// Class and strength of a value's shade. Log-probs: 0 is certain, -4 nats and less is full.
 function shade(mode, value, scale) {
   const number = Number(value);
   if (value === null || value === undefined) return ["", 0];
   if (Number.isNaN(number)) return ["bad", 60];
-  if (mode === "logprob") return ["low", 70 * Math.min(1, -number / 4)];
-  if (mode === "entropy") return ["low", 70 * Math.min(1, number / 3)];
-  return [number < 0 ? "minus" : "plus", 70 * Math.min(1, Math.abs(number) / scale)];
+  if (mode === "logprob") return ["low", STRONGEST * Math.min(1, -number / 4)];
+  if (mode === "entropy") return ["low", STRONGEST * Math.min(1, number / 3)];
+  return [number < 0 ? "minus" : "plus", STRONGEST * Math.min(1, Math.abs(number) / scale)];
 }
 
 function tokenLabel(tokens, place) {
