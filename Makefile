@@ -1,5 +1,6 @@
 # make demo   install into .venv and watch an inner monologue        make test   install and run the tests
 # make check  ruff, format, mypy --strict, tests                     make links  what type checkers read
+# make test-page  the page in real headless Chromium               make page   its screenshots and its benchmark
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 # make test-real  the tests against real SGLang, Chromium, Phoenix ...
-.PHONY: demo test test-real test-sglang test-phoenix test-trainers check links figures clean
+.PHONY: demo test test-real test-sglang test-phoenix test-trainers test-page page check links figures clean
 
 .venv/installed: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv .venv
@@ -28,7 +29,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest -q
 
 # Against real programs; each is installed by its own script into an environment of its own.
-test-real: test test-sglang test-phoenix test-trainers
+test-real: test test-sglang test-phoenix test-trainers test-page
 
 test-sglang: .venv/dev
 	tests_real/install_sglang.sh
@@ -45,6 +46,16 @@ test-phoenix: .venv-phoenix/installed
 
 test-trainers: .venv/dev .venv-trainers/done
 	$(BIN)/python -m pytest -q -rs tests_real/test_trainers.py
+
+test-page:
+	PYTHON=$(PYTHON) tests_real/install_chromium.sh
+	.venv-page/bin/python -m pytest -q tests_real/test_page_chromium.py
+
+# The README's pictures of the page, and how long ten thousand episodes take to open.
+page: .venv/installed
+	PYTHON=$(PYTHON) tests_real/install_chromium.sh
+	.venv-page/bin/python bench/screenshots.py
+	.venv-page/bin/python bench/page.py
 
 links:
 	@mkdir -p .links/monologue

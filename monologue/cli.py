@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from monologue import commands, exports
+from monologue import commands, exports, serving, viewing
 from monologue.version import __version__
 
 STAGES = ("starter", "imitate")
@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     _play(verbs.add_parser("play", help="play problems and record every step"))
     _eval(verbs.add_parser("eval", help="accuracy of graphs on held-out problems, with standard errors and controls"))
     _verify(verbs.add_parser("verify", help="check that a run is complete and consistent"))
-    _view(verbs.add_parser("view", help="look at a run in the terminal"))
+    _view(verbs.add_parser("view", help="look at a run: a page in the browser, one offline file, or the terminal"))
     _serve(verbs.add_parser("serve", help="start SGLang servers for the policies"))
     _export(verbs.add_parser("export", help="hand a run to another tool: OTLP, Phoenix, inspect, TRL, verl, verifiers"))
     _import(verbs.add_parser("import", help="read a run back from an OTLP-JSON export"))
@@ -107,9 +107,27 @@ def _verify(command: argparse.ArgumentParser) -> None:
 
 def _view(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", type=Path, metavar="RUN")
-    command.add_argument("--episode", metavar="ID", help="episode id or the beginning of one (default: list the episodes)")
+    command.add_argument("--episode", metavar="ID", help="episode id or the beginning of one: replay it in the terminal")
     command.add_argument("--svg", type=Path, metavar="FILE", help="with --episode: also write what is shown as a picture")
-    command.set_defaults(run=commands.view)
+    command.add_argument("--list", action="store_true", help="list the episodes in the terminal")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write the page as one file that needs no network, and stop")
+    command.add_argument("--port", type=_port, default=0, help="of the served page (default: a free one)")
+    command.add_argument("--no-browser", action="store_true", help="print the page's address only")
+    command.add_argument(
+        "--tokenizer",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="tokenizer.json to name the tokens with, where the models are elsewhere",
+    )
+    command.set_defaults(run=viewing.view)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
+    return int(text)
 
 
 def _serve(command: argparse.ArgumentParser) -> None:
@@ -124,7 +142,7 @@ def _serve(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--logs", type=Path, default=Path("runs/serve"), metavar="DIR")
     command.add_argument("--wait", type=float, default=600.0, metavar="SECONDS", help="for a server to answer")
-    command.set_defaults(run=commands.serve)
+    command.set_defaults(run=serving.serve)
 
 
 def _export(command: argparse.ArgumentParser) -> None:
@@ -151,15 +169,15 @@ def _import(command: argparse.ArgumentParser) -> None:
 
 
 def _train(command: argparse.ArgumentParser) -> None:
-    stages = "starter: the shipped policies, from nothing; imitate: what a role said in a run"
-    command.add_argument("stage", choices=STAGES, metavar="STAGE", help=stages)
+    told = "starter: the shipped policies, from nothing; imitate: what a role said in a run"
+    command.add_argument("stage", choices=STAGES, metavar="STAGE", help=told)
     command.add_argument("recipe", metavar="RECIPE", help="a recipe of ours by name (answerer, questioner, direct, imitate) or a TOML file")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a top-level key of the recipe")
     command.add_argument("--out", type=Path, metavar="DIR", help="default: runs/RECIPE")
     command.add_argument("--start", type=Path, metavar="DIR", help="checkpoint to start from: perception for 'direct'")
     command.add_argument("--only", nargs="+", metavar="STAGE", help="run these stages of the recipe only, e.g. after --start")
     command.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
-    command.set_defaults(run=commands.train)
+    command.set_defaults(run=stages.train)
 
 
 def _tasks(command: argparse.ArgumentParser) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from monologue.asked import check_writable, own_problem_asked, settle
+from monologue.output import write_json
 from monologue.tables import clean, table
 from monologue.tasks.base import Problem, Task, TaskError
 from monologue.tasks.own import own_problem
@@ -166,23 +165,6 @@ def evaluate(options: argparse.Namespace) -> int:
     return 1 if any(row["failed"] for row in rows) else 0
 
 
-def without_web_fonts(svg: str) -> str:
-    """The picture without the fonts that it would fetch from the net."""
-    return re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    except OSError as error:
-        raise UsageError(f"cannot write {str(path)!r}: {error.strerror}; name a file in a folder that you may write to") from error
-
-
 def verify(options: argparse.Namespace) -> int:
     """Prints a table of checks; 1 where one does not hold."""
     from monologue.proof import verify as prove
@@ -210,125 +192,6 @@ def weights_of(setting: str) -> tuple[str, str]:
     if not policy or not folder:
         raise UsageError(f"--weights takes POLICY=FOLDER or POLICY@VERSION=FOLDER, got {setting!r}")
     return policy, folder
-
-
-def view(options: argparse.Namespace) -> int:
-    """Replays an episode in the terminal, or lists the episodes."""
-    from rich.console import Console
-
-    from monologue.traces.store import RunReader
-    from monologue.traces.terminal import replay
-
-    reader = RunReader(options.folder)
-    if options.episode == "" or (options.svg and not options.episode):
-        raise UsageError("--episode takes the beginning of an episode's id, and --svg goes with it; list the ids with monologue view RUN")
-    if options.episode:
-        found = [episode for episode in reader.episodes() if episode.start.episode_id.startswith(options.episode)]
-        if len(found) != 1:
-            raise UsageError(
-                f"{len(found)} episodes of {str(options.folder)!r} begin with {options.episode!r}; list them with monologue view RUN"
-            )
-        console = Console(highlight=False, record=options.svg is not None)
-        replay(reader, found[0], console)
-        if options.svg:
-            write_text(options.svg, without_web_fonts(console.export_svg(title="monologue view")))
-        return 0
-    rows = []
-    for episode in reader.episodes():
-        start, end = episode.start, episode.end
-        gold = "" if start.gold is None else start.choices[start.gold]
-        answer = "-" if end is None or end.answer is None else end.answer
-        rows.append([start.episode_id[:12], start.family, start.question, answer, gold, end.status if end else "unfinished"])
-    table(["episode", "family", "question", "answer", "gold", "status"], rows)
-    return 0
-
-
-def train(options: argparse.Namespace) -> int:
-    """Trains a policy by a recipe."""
-    return {"starter": train_starter, "imitate": train_imitate}[options.stage](options)
-
-
-def train_starter(options: argparse.Namespace) -> int:
-    """A starter policy from nothing."""
-    from monologue.training.recipe import override, read_recipe
-    from monologue.training.starter.make import choose, make
-
-    recipe = override(read_recipe(options.recipe), options.set)
-    if options.only:
-        recipe = choose(recipe, options.only)
-    if options.dry_run:
-        print(json.dumps(recipe, indent=1))
-        return 0
-    out = options.out or Path("runs") / recipe["policy"]
-    card = make(recipe, out, options.start)
-    table(["examination", "score"], [[name, f"{value:.4f}"] for name, value in card["validation"].items()])
-    print(f"{card['parameters']} parameters, {card['cpu_seconds']} processor seconds, written to {out}")
-    return 0
-
-
-def train_imitate(options: argparse.Namespace) -> int:
-    """Imitation of what a role said in a run."""
-    from monologue.seating import starter
-    from monologue.training.imitate import Imitation, imitate
-    from monologue.training.recipe import override, read_recipe
-    from monologue.training.rows import KEEP
-
-    recipe = Imitation.read(override(read_recipe(options.recipe), options.set, Imitation.model_fields))
-    if options.dry_run:
-        print(recipe.model_dump_json(indent=1))
-        return 0
-    source = str(options.start or recipe.model)
-    source = str(starter(recipe.role)) if source == "starter" else source
-    out = options.out or Path("runs") / f"imitate-{recipe.role}"
-    facts = recipe.model_dump(exclude={"run", "model", "keep", "policy"})
-    report = imitate(recipe.run, source, out, keep=KEEP[recipe.keep], **facts)
-    first, last = (report["curve"][end]["loss"] for end in (0, -1))
-    print(f"{report['rows']} rows, {report['sampled']} sampled ids, loss {first:.3f} to {last:.3f}, written to {out}")
-    print(f"play:  monologue play --{recipe.role} {out}")
-    return 0
-
-
-def serve(options: argparse.Namespace) -> int:
-    """Starts SGLang servers for the policies and keeps them until Ctrl-C."""
-    from contextlib import ExitStack
-
-    from monologue.backends.serving.launch import launch
-    from monologue.seating import starter
-
-    wanted = {role: getattr(options, role) for role in ("questioner", "answerer") if getattr(options, role) != "none"}
-    if not wanted:
-        raise UsageError("nothing to serve: both --questioner and --answerer are 'none'")
-    with ExitStack() as running:
-        urls = {}
-        for number, (role, model) in enumerate(wanted.items()):
-            source = str(starter(role)) if model == "starter" else model
-            print(f"starting {role} ({source}) ...", flush=True)
-            server = launch(
-                source,
-                port=options.port + number if options.port else None,
-                python=options.python,
-                device=options.device,
-                dtype=options.dtype,
-                flags=options.flag,
-                log=options.logs / f"{role}.log",
-                wait=options.wait,
-            )
-            running.enter_context(server)
-            urls[role] = server.url
-            print(f"{role}: {server.url}  (log: {server.log})", flush=True)
-        print("play: monologue play --backend sglang " + " ".join(f"--{role} {url}" for role, url in urls.items()), flush=True)
-        print("Ctrl-C stops them", flush=True)
-        wait_for_interrupt()
-    return 0
-
-
-def wait_for_interrupt() -> None:
-    """Returns at Ctrl-C."""
-    try:
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        return
 
 
 def tasks(options: argparse.Namespace) -> int:

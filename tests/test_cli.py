@@ -54,7 +54,7 @@ def test_play_verify_view(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     code, told, _ = say(capsys, "verify", run, "--json", tmp_path / "checks.json")
     checks = json.loads((tmp_path / "checks.json").read_text())["checks"]
     assert code == 0 and checks and all(check["ok"] and {"name", "figure", "span"} <= set(check) for check in checks)
-    code, told, _ = say(capsys, "view", run)
+    code, told, _ = say(capsys, "view", run, "--list")
     episodes = [episode.start.episode_id for episode in RunReader(run).episodes()]
     assert code == 0 and all(episode[:12] in told for episode in episodes)
     code, told, _ = say(capsys, "view", run, "--episode", episodes[2], "--svg", tmp_path / "e.svg")

@@ -26,6 +26,8 @@ def test_the_wheel_holds_everything_under_one_name(wheel: Path) -> None:
         assert f"monologue/{room}/__init__.py" in names and f"monologue/{room}/py.typed" in names
     for policy in ("questioner", "answerer", "direct"):
         assert f"monologue/backends/starter/{policy}/model.safetensors" in names
+    for part in ("index.html", "app.js", "app.css", "htm-preact.js", "htm-preact.LICENSE"):
+        assert f"monologue/traces/page/static/{part}" in names
     assert "monologue/training/recipes/answerer.toml" in names
 
 

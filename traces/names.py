@@ -63,3 +63,8 @@ PARSE_ERROR = "monologue.parse_error"
 OUTPUT = "monologue.output"
 ERROR = "monologue.error"
 CAPTURE = "monologue.capture"
+
+SAMPLED_ENTROPIES = "monologue.sampled_entropies"
+"""Entropy of the distribution behind each sampled id, nats, packed like the log-probs; where an engine gives it."""
+ATTENTION = "monologue.attention"
+"""JSON list, a picture of the call each: packed floats, one weight a placeholder, how much the turn attended to that patch."""

@@ -1,0 +1,54 @@
+"""``monologue train``: one function a stage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from monologue.tables import table
+
+
+def train(options: argparse.Namespace) -> int:
+    """Trains a policy by a recipe."""
+    return {"starter": train_starter, "imitate": train_imitate}[options.stage](options)
+
+
+def train_starter(options: argparse.Namespace) -> int:
+    """A starter policy from nothing."""
+    from monologue.training.recipe import override, read_recipe
+    from monologue.training.starter.make import choose, make
+
+    recipe = override(read_recipe(options.recipe), options.set)
+    if options.only:
+        recipe = choose(recipe, options.only)
+    if options.dry_run:
+        print(json.dumps(recipe, indent=1))
+        return 0
+    out = options.out or Path("runs") / recipe["policy"]
+    card = make(recipe, out, options.start)
+    table(["examination", "score"], [[name, f"{value:.4f}"] for name, value in card["validation"].items()])
+    print(f"{card['parameters']} parameters, {card['cpu_seconds']} processor seconds, written to {out}")
+    return 0
+
+
+def train_imitate(options: argparse.Namespace) -> int:
+    """Imitation of what a role said in a run."""
+    from monologue.seating import starter
+    from monologue.training.imitate import Imitation, imitate
+    from monologue.training.recipe import override, read_recipe
+    from monologue.training.rows import KEEP
+
+    recipe = Imitation.read(override(read_recipe(options.recipe), options.set, Imitation.model_fields))
+    if options.dry_run:
+        print(recipe.model_dump_json(indent=1))
+        return 0
+    source = str(options.start or recipe.model)
+    source = str(starter(recipe.role)) if source == "starter" else source
+    out = options.out or Path("runs") / f"imitate-{recipe.role}"
+    facts = recipe.model_dump(exclude={"run", "model", "keep", "policy"})
+    report = imitate(recipe.run, source, out, keep=KEEP[recipe.keep], **facts)
+    first, last = (report["curve"][end]["loss"] for end in (0, -1))
+    print(f"{report['rows']} rows, {report['sampled']} sampled ids, loss {first:.3f} to {last:.3f}, written to {out}")
+    print(f"play:  monologue play --{recipe.role} {out}")
+    return 0
