@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from monologue import commands, exports, serving, viewing
+from monologue import commands, exports, serving, stages, viewing
 from monologue.version import __version__
 
 STAGES = ("starter", "imitate")
