@@ -3,7 +3,7 @@
 A server hands in JSON, so this graph takes a question, choices and the path of a picture, seats the policies that the
 environment names, plays one episode, and answers with JSON. The episode is recorded like any other, in a run of its own.
 
-    MONOLOGUE_QUESTIONER, MONOLOGUE_ANSWERER   model folders or Hub names
+    MONOLOGUE_QUESTIONER, MONOLOGUE_ANSWERER   model folders or Hub names; the starter policies when not set
     MONOLOGUE_PICTURES                         the folder that pictures may come from; the working directory when not set
     MONOLOGUE_RUNS                             where runs are written; ``runs`` when not set
 """
@@ -20,10 +20,11 @@ from typing import Any, TypedDict
 from langgraph.graph import END, START, StateGraph
 
 from monologue.agents.load import load_policy
+from monologue.backends.places import PREFIX
 from monologue.graphs.oracle import Seat
 from monologue.graphs.play import play
 from monologue.graphs.state import GraphError
-from monologue.tasks.base import Problem
+from monologue.tasks.own import own_problem
 from monologue.traces.images import open_picture
 
 ROLES = ("questioner", "answerer")
@@ -75,10 +76,12 @@ def build(seats: Mapping[str, Seat] | None = None) -> Any:
 
 
 def _episode(state: Exchange, seats: Mapping[str, Seat] | None) -> Exchange:
+    missing = [name for name in ("question", "choices", "image") if not state.get(name)]
+    if missing:
+        raise GraphError(f"expected question, choices and image, got no {' and no '.join(missing)}")
     picture = open_picture(_allowed(state["image"]))
     run = Path(os.environ.get("MONOLOGUE_RUNS", "runs")) / f"studio-{uuid.uuid4().hex[:8]}"
-    choices = tuple(state.get("choices", ()))
-    problem = Problem(f"studio/{run.name}", "studio", state["question"], choices, None, (lambda: picture,))
+    problem = own_problem(lambda: picture, state["question"], state["choices"])
     summary = play("monologue", [problem], seats or _from_environment(), run, progress=False)
     for failure in summary.failed:
         raise GraphError(f"the episode failed: {failure.error}")
@@ -87,10 +90,8 @@ def _episode(state: Exchange, seats: Mapping[str, Seat] | None) -> Exchange:
 
 def _from_environment() -> Mapping[str, Seat]:
     for role in ROLES:
-        name = f"MONOLOGUE_{role.upper()}"
-        if role not in _seats and name not in os.environ:
-            raise GraphError(f"no {role} is named; set {name} to a model folder or Hub name")
-        _seats.setdefault(role, load_policy(os.environ[name], role))
+        if role not in _seats:
+            _seats[role] = load_policy(os.environ.get(f"MONOLOGUE_{role.upper()}", f"{PREFIX}{role}"), role)
     return _seats
 
 

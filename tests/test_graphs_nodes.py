@@ -113,4 +113,6 @@ async def test_the_served_graph_plays_an_episode_on_a_picture_file(tmp_path: Pat
     told = await graph.ainvoke({"question": "what?", "choices": ["red", "blue"], "image": "board.png"})
     assert told["answer"] == "red" and len(list(RunReader(Path(told["run"])).episodes())) == 1
     with pytest.raises(GraphError, match="pictures come from"):
-        await graph.ainvoke({"question": "what?", "image": "../../etc/passwd"})
+        await graph.ainvoke({"question": "what?", "choices": ["red", "blue"], "image": "../../etc/passwd"})
+    with pytest.raises(GraphError, match="no choices and no image"):
+        await graph.ainvoke({"question": "what?"})

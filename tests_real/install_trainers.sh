@@ -15,9 +15,7 @@ pip="$venv/bin/pip --disable-pip-version-check --quiet install"
 rm -rf "$venv/missing" "$venv/verl" "$venv/done"
 mkdir -p "$venv/missing" "$venv/verl"
 
-cpu=https://download.pytorch.org/whl/cpu
-"$venv/bin/python" -c "import urllib.request; urllib.request.urlopen('$cpu/torch/', timeout=10)" 2>/dev/null || cpu=
-$pip torch==2.13.0 ${cpu:+--extra-index-url "$cpu"} || exit 1 # 2.13.0+cpu is newer to pip than 2.13.0
+$pip torch==2.13.0 || exit 1
 $pip "$transformers" accelerate 'datasets>=4.7' pillow || exit 1
 
 # check TOOL MODULE [PYTHONPATH]: it imports, or the reason is kept
@@ -38,7 +36,7 @@ $pip --no-deps --target "$venv/verl" 'transformers>=5.5.3,!=5.6.0,<5.11' 'tokeni
 check verl verl.utils.dataset.multiturn_sft_dataset "$venv/verl"
 
 # verl looks at pictures through torchvision, which must be the CPU build that goes with torch: another one breaks what is here
-$pip --no-deps torchvision==0.28.0 ${cpu:+--extra-index-url "$cpu"}
+$pip --no-deps torchvision==0.28.0
 check torchvision torchvision
 test -f "$venv/missing/torchvision" && "$venv/bin/pip" --quiet uninstall --yes torchvision
 
