@@ -182,6 +182,8 @@ def view(options: argparse.Namespace) -> int:
     """Shows a run: as a page that is served or written, or in the terminal as a list or a replay."""
     if options.svg and not options.episode:
         raise UsageError("--svg belongs to --episode ID: it writes the replay of one episode")
+    if options.html and (options.episode or options.list):
+        raise UsageError("--html writes the whole run as a page; leave --episode and --list away")
     if options.episode:
         return replay_episode(options)
     if options.list:
