@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,12 @@ def photograph(run: Path, out: Path) -> None:
             context.close()
 
 
+def player() -> list[str]:
+    """The interpreter that has torch: the project's own where ``make`` has made it."""
+    own = ROOT / ".venv" / "bin" / "python"
+    return [str(own) if own.exists() else sys.executable]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, help="a run folder that exists, in place of a new one")
@@ -61,7 +68,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         run = options.run or Path(name) / "shapes"
         if options.run is None:
-            words = command(*PLAY, "--out", run)
+            words = [*player(), *command(*PLAY, "--out", run)[1:]]
             subprocess.run(words, check=True, env=environment(), stdout=subprocess.DEVNULL)
         photograph(run, options.out)
 

@@ -19,6 +19,8 @@ def view(options: argparse.Namespace) -> int:
         raise UsageError(
             "--episode takes the beginning of an episode's id, and --svg goes with it; list the ids with monologue view RUN --list"
         )
+    if options.html and (options.episode or options.list):
+        raise UsageError("--html writes the whole run as a page; leave --episode and --list away")
     if options.episode:
         return replay_episode(options)
     if options.list:

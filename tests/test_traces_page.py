@@ -356,6 +356,19 @@ def test_the_one_file_holds_the_whole_run_and_fetches_nothing(tmp_path: Path, ru
         assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy[1]
 
 
+def test_a_link_in_place_of_a_picture_leads_nowhere(client: Client, tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:
+    """A run from a stranger must not make us publish our own files."""
+    (stored,) = (run[0] / "images").glob("*.png")
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(stored.read_bytes())
+    for swap in (lambda: stored.symlink_to(secret), lambda: stored.write_text("a secret"), lambda: stored.mkdir()):
+        stored.unlink()
+        swap()
+        assert client.ask(f"image/{stored.name}")[0] == 404
+        export(run[0], tmp_path / "page.html")
+        assert f"picture-{stored.stem}" not in parts((tmp_path / "page.html").read_text())
+
+
 def test_hostile_text_cannot_leave_its_place_in_the_file(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:
     export(run[0], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
@@ -389,6 +402,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, ru
         ([str(run[0]), "--html", "/proc/p.html"], "cannot write"),
         ([str(run[0]), "--tokenizer", "nothing.json", "--html", str(tmp_path / "q.html")], "tokenizer.json"),
         ([str(run[0]), "--svg", "x.svg"], "--episode"),
+        ([str(run[0]), "--html", "x.html", "--episode", "a"], "whole run"),
     ):
         assert main(["view", *words]) == 2
         told = capsys.readouterr().err

@@ -442,13 +442,21 @@ def test_a_server_that_went_away_is_told_and_what_is_shown_stays(chromium: Any, 
     visit.context.close()
 
 
+def listen() -> None:
+    """A background job starts its children deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_it_cleanly(run: tuple[Path, dict[str, Any]]) -> None:
     words, pipe = command("view", run[0], "--no-browser"), subprocess.PIPE
-    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=environment()) as process:
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=environment(), preexec_fn=listen) as process:
         assert process.stdout and process.stdout.readline().startswith("http://127.0.0.1:")
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=10)
+        try:
+            _, told = process.communicate(timeout=10)
+        finally:
+            process.kill()
     assert process.returncode == 0 and told == ""
 
 

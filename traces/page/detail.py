@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,15 @@ def _images(a: Mapping[str, Any]) -> list[dict[str, Any]]:
     listed = _try(json.loads, a.get(names.IMAGES)) or []
     shown = ("sha256", "width", "height", "grid", "placeholder_count")
     return [{name: one.get(name) for name in shown} for one in listed if isinstance(one, dict)]
+
+
+def picture(run: Path, sha256: str) -> bytes | None:
+    """A stored picture as it lies; None where there is none, or where a link or another sort of file stands in its place."""
+    file = run / "images" / f"{sha256}.png"
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256) or file.is_symlink() or not file.is_file():
+        return None
+    data = file.read_bytes()
+    return data if data.startswith(b"\x89PNG\r\n\x1a\n") else None
 
 
 def _try(read: Callable[[Any], Any], value: Any) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from monologue.traces.page.detail import curves, detail, encoded
+from monologue.traces.page.detail import curves, detail, encoded, picture
 from monologue.traces.page.index import Index
 from monologue.traces.page.pieces import Pieces
 from monologue.traces.page.serve import embedded, scripts, static
@@ -73,10 +73,10 @@ def _parts(index: Index, pieces: Pieces) -> Iterator[str]:
         episodes = [_detail(row, pieces) for row in index.rows[place : place + CHUNK]]
         yield _data(f"episodes-{place // CHUNK}", "text/plain", _packed(episodes))
         for sha256 in dict.fromkeys(image["sha256"] for episode in episodes for span in episode["spans"] for image in span["images"]):
-            file = index.path / "images" / f"{sha256}.png"
-            if sha256 not in written and _is_hash(sha256) and file.is_file():
+            data = None if sha256 in written else picture(index.path, str(sha256))
+            if data is not None:
                 written.add(sha256)
-                yield _data(f"picture-{sha256}", "text/plain", base64.b64encode(file.read_bytes()).decode())
+                yield _data(f"picture-{sha256}", "text/plain", base64.b64encode(data).decode())
     yield _data("texts", "text/plain", _packed(["\n".join(row.texts) for row in index.rows]))
 
 
@@ -86,10 +86,6 @@ def _detail(row: Any, pieces: Pieces) -> dict[str, Any]:
         return detail(row, pieces)
     except RunError as error:
         return {"fault": str(error), "spans": []}
-
-
-def _is_hash(text: Any) -> bool:
-    return isinstance(text, str) and len(text) == 64 and not set(text) - set("0123456789abcdef")
 
 
 def _packed(value: Any) -> str:

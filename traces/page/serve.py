@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from monologue.traces.page.detail import curves, detail, encoded
+from monologue.traces.page.detail import curves, detail, encoded, picture
 from monologue.traces.page.index import Index
 from monologue.traces.page.pieces import Pieces
 from monologue.traces.schema import Annotation
@@ -242,11 +242,11 @@ class Handler(BaseHTTPRequestHandler):
             self._say(HTTPStatus.NOT_FOUND, "no such thing here")
 
     def _picture(self, sha256: str) -> None:
-        file = self.server.desk.path / "images" / f"{sha256}.png"
-        if not file.is_file():
+        data = picture(self.server.desk.path, sha256)
+        if data is None:
             self._say(HTTPStatus.NOT_FOUND, "the run lacks this picture")
         else:
-            self._send(file.read_bytes(), "image/png", "private, max-age=86400, immutable")
+            self._send(data, "image/png", "private, max-age=86400, immutable")
 
     def _post(self, path: str, query: Mapping[str, str]) -> None:
         if path != "api/annotate":
