@@ -44,8 +44,11 @@ def check_writable(file: Path | None) -> None:
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        there = file.exists()
         with file.open("ab"):
             pass
+        if not there:
+            file.unlink()
     except OSError as error:
         raise UsageError(f"cannot write {str(file)!r}: {error.strerror}; name a file in a folder that you may write to") from error
 

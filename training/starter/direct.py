@@ -1,8 +1,9 @@
 """The rival of the monologue: one VLM that answers a whole problem in one shot.
 
-It is given every advantage that can be given: the same perception checkpoint to start from, as many parameters as questioner and
-answerer together (extra layers whose output projections start at zero, so that they change nothing at first), at least the same number
-of pictures and processor seconds.
+It is given every advantage that can be given: the finished answerer to start from, as many parameters as questioner and answerer together
+(extra layers whose output projections start at zero, so that they change nothing at first), one-hop practice kept up in a share of its
+rows, at least the same number of pictures and processor seconds. Without that start and that practice (``direct-plain``) it stays far
+below.
 """
 
 from __future__ import annotations

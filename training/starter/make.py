@@ -2,9 +2,9 @@
 
     answerer     four-step curriculum (``answerer``)
     questioner   imitation of oracle monologues (``questioner``)
-    direct       the rival: starts from the answerer's own checkpoint after its ``locate`` step, is grown with layers that change nothing
-                 at first until it has as many parameters as questioner and answerer together, and is trained to answer whole
-                 problems in one shot, with at least as many token-positions, pictures and processor seconds
+    direct       the rival: starts from the finished answerer (``direct-plain``: from its checkpoint after ``locate``), is grown with
+                 layers that change nothing at first until it has as many parameters as questioner and answerer together, and is
+                 trained to answer whole problems in one shot, with at least as many pictures and processor seconds in all
 
 Weights are rounded to bfloat16 before they are examined and saved, so the card speaks of the very numbers that ship.
 """
