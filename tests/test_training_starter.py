@@ -1,5 +1,6 @@
 """How the starter policies are made: the trainer's shortcuts equal the real thing, and a few steps learn."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -16,7 +17,7 @@ from monologue.tasks.shapes import Shapes
 from monologue.tasks.shapes.perception import practice_scene
 from monologue.traces.images import Picture
 from monologue.training import recipe as recipe_file
-from monologue.training.starter import batches, direct, make, questioner
+from monologue.training.starter import batches, card, direct, make, questioner
 from monologue.training.starter.answerer import learn
 from monologue.training.starter.batches import IGNORED, Batch, Words, interview, patches, picture_words
 from monologue.training.starter.fit import Curve, Stage, fit
@@ -180,3 +181,13 @@ def test_weights_are_rounded_before_they_ship(words: Words, tmp_path: Path) -> N
     make.save(model, build_tokenizer(), tmp_path, vision=False)
     again = type(model).from_pretrained(tmp_path, dtype=torch.float32)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_the_model_card_is_what_the_command_makes_of_the_files_beside_it() -> None:
+    folder = card.home()
+    assert (folder / "README.md").read_text() == card.page(folder)
+    assert (folder / "curves.svg").read_text() == card.curves(folder)
+    for name in card.POLICIES:
+        facts = json.loads((folder / name / "card.json").read_text())
+        assert facts["weights_sha256"] == hashlib.sha256((folder / name / "model.safetensors").read_bytes()).hexdigest()
+        assert facts["world_sha256"] == make.world_hash()

@@ -62,11 +62,7 @@ async def engines(servers: dict[str, Server]) -> AsyncIterator[dict[str, tuple[S
 
 def prompts(role: str, n: int, folder: Path) -> list[Prompt]:
     """Prompts as they stand in dialogues of the oracle."""
-    run = folder / "oracle"
-    if not run.exists():
-        words = ["play", "--questioner", "oracle", "--answerer", "oracle", "--split", "validation", "--n", str(n), "--out", str(run)]
-        assert main(words) == 0
-    reader = RunReader(run)
+    reader = RunReader(folder)
     calls = [call for episode in reader.episodes() for call in episode.calls() if call.role == role]
     found = [
         Prompt(call.prompt_ids, tuple(Picture(image.sha256, reader.picture(image.sha256)) for image in call.images), call.episode_id)
@@ -77,7 +73,11 @@ def prompts(role: str, n: int, folder: Path) -> list[Prompt]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("parity")
+    """A run of the oracle."""
+    run = tmp_path_factory.mktemp("parity") / "run"
+    words = ["play", "--questioner", "oracle", "--answerer", "oracle", "--split", "validation", "--n", "250", "--out", str(run)]
+    assert main(words) == 0
+    return run
 
 
 @pytest.mark.parametrize("role", ["questioner", "answerer"])

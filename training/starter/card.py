@@ -66,42 +66,36 @@ def _policy(name: str, folder: Path) -> str:
 
 
 def curves(folder: Path) -> str:
-    """Loss (square-root scale) over processor seconds, all policies, as SVG."""
-    found = {name: [(sum_, point["loss"]) for sum_, point in _timed(read_curve(folder / name))] for name in POLICIES}
-    longest = max(seconds for curve in found.values() for seconds, _ in curve)
+    """Loss (square-root scale) over each policy's own training, by steps, as SVG."""
+    found = {name: _by_share(read_curve(folder / name)) for name in POLICIES}
     highest = max(loss for curve in found.values() for _, loss in curve)
 
-    def place(seconds: float, loss: float) -> str:
-        x = MARGIN + (WIDTH - 2 * MARGIN) * seconds / longest
-        y = HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * (loss / highest) ** 0.5
-        return f"{x:.1f},{y:.1f}"
+    def place(share: float, loss: float) -> tuple[float, float]:
+        return MARGIN + (WIDTH - 2 * MARGIN) * share, HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * (loss / highest) ** 0.5
 
-    lines = [
-        f'<polyline fill="none" stroke="{COLOURS[name]}" points="{" ".join(place(*point) for point in curve)}"/>'
-        for name, curve in found.items()
-    ]
+    def line(curve: list[tuple[float, float]]) -> str:
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
+
+    lines = [f'<polyline fill="none" stroke="{COLOURS[name]}" points="{line(curve)}"/>' for name, curve in found.items()]
     names = [
         f'<text x="{WIDTH - MARGIN - 90}" y="{MARGIN + 16 * i}" fill="{COLOURS[name]}">{name}</text>' for i, name in enumerate(POLICIES)
     ]
-    ticks = [
-        f'<text x="{place(longest * part, 0).split(",")[0]}" y="{HEIGHT - MARGIN + 18}">{longest * part:,.0f} s</text>'
-        for part in (0, 0.25, 0.5, 0.75)
-    ]
-    levels = [f'<text x="6" y="{place(0, loss).split(",")[1]}">{loss:g}</text>' for loss in (0.05, 0.5, 1, 2, 4) if loss < highest]
+    marks = [(0.0, "0"), (0.25, "a quarter"), (0.5, "half"), (0.75, "three quarters of its steps")]
+    ticks = [f'<text x="{place(share, 0)[0]:.0f}" y="{HEIGHT - MARGIN + 18}">{text}</text>' for share, text in marks]
+    levels = [f'<text x="6" y="{place(0, loss)[1]:.0f}">{loss:g}</text>' for loss in (0.05, 0.5, 1, 2, 4) if loss < highest]
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12" fill="#495057">'
-    ground = f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>'
-    return "\n".join([head, ground, *lines, *names, *ticks, *levels, "</svg>"]) + "\n"
+    return "\n".join([head, f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>', *lines, *names, *ticks, *levels, "</svg>"]) + "\n"
 
 
-def _timed(points: list[dict[str, Any]]) -> list[tuple[float, dict[str, Any]]]:
-    """Points with the seconds since the first stage began; each stage counts its own from zero."""
-    before, last, stage, found = 0.0, 0.0, None, []
+def _by_share(points: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Loss by the share of all steps; each stage counts its own from zero."""
+    before, last, stage, found = 0, 0, None, []
     for point in points:
         if point["stage"] != stage:
             before, stage = before + last, point["stage"]
-        last = point["seconds"]
-        found.append((before + last, point))
-    return found
+        last = point["step"]
+        found.append((before + last, point["loss"]))
+    return [(step / (before + last), loss) for step, loss in found]
 
 
 def main() -> None:
