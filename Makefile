@@ -29,7 +29,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest -q
 
 # Against real programs; each is installed by its own script into an environment of its own.
-test-real: test-sglang test-phoenix test-trainers test-page
+test-real: test-phoenix test-trainers test-page
 
 test-sglang: .venv/dev
 	tests_real/install_sglang.sh

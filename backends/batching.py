@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -116,6 +117,8 @@ class Batcher(Generic[Job, Result]):
             except Exception as cause:  # the border of the worker: it must outlive whatever a model does
                 error = BackendError(f"{self._name} failed on a batch of {len(batch)}: {type(cause).__name__}: {cause}")
                 error.__cause__ = cause
+                if all(ticket.dropped for ticket in batch):  # nobody is left to be told
+                    logging.getLogger(__name__).error("%s", error, exc_info=cause)
             for ticket in batch:
                 ticket.fail(error)
 

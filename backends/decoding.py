@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from monologue.backends.base import Sampling
+from monologue.backends.prefixes import Prefix, Prefixes
 from monologue.backends.sampling import draw, log_distribution
 
 
@@ -39,12 +41,22 @@ class Lane:
     """How its tokens are drawn."""
     limit: int
     """Most tokens to sample: the caller's wish or what the context leaves."""
+    affinity: str = ""
+    """The stream, where its state is to be kept for the next call."""
+    pictures: tuple[str, ...] = ()
+    """Hashes of its pictures."""
+    read: Prefix | None = None
+    """What of ``ids`` was read by an earlier call."""
     dice: random.Random = field(default_factory=random.Random)
     """Source of its uniform numbers, one a token."""
     sampled: list[int] = field(default_factory=list)
     """Ids drawn so far."""
     logprobs: list[float] = field(default_factory=list)
     """Their log-probs in nats."""
+
+    @property
+    def cached(self) -> int:
+        return 0 if self.read is None else len(self.read.ids)
 
     @property
     def stopped(self) -> bool:
@@ -77,7 +89,8 @@ class _Batch:
 class Decoder:
     """Runs lanes through ``model``. ``banned`` ids are never sampled: a placeholder without picture breaks the next prompt."""
 
-    def __init__(self, model: Any, banned: Sequence[int]) -> None:
+    def __init__(self, model: Any, banned: Sequence[int], prefixes: Prefixes | None = None) -> None:
+        self._prefixes = prefixes or Prefixes(0)
         self._model, self._banned = model, tuple(banned)
         self._pad = next(token for token in range(len(self._banned) + 1) if token not in self._banned)
 
@@ -87,10 +100,12 @@ class Decoder:
         batch = self._prefill(lanes)
         while True:
             self._sample(batch)
+            self._remember(batch)
             yield from [lane for lane in batch.lanes if lane.done]
-            batch.keep([place for place, lane in enumerate(batch.lanes) if not lane.done and not dropped(lane)])
-            if not batch.lanes:
+            places = [place for place, lane in enumerate(batch.lanes) if not lane.done and not dropped(lane)]
+            if not places:
                 return
+            batch.keep(places)
             self._step(batch)
 
     @torch.inference_mode()
@@ -108,6 +123,15 @@ class Decoder:
         out, mask, positions = self._forward(lanes, keep=1, use_cache=True)
         following = positions.amax(dim=-1, keepdim=True).amax(dim=0, keepdim=True) + 1  # (1, B, 1)
         return _Batch(lanes, out.logits[:, -1], mask, following.expand(positions.shape[0], -1, -1), out.past_key_values)
+
+    def _remember(self, batch: _Batch) -> None:
+        """Keeps the state of lanes that are done: everything but the last sampled id was fed."""
+        plain = self._prefixes.most and all(type(layer) is DynamicLayer for layer in batch.cache.layers)
+        for place, lane in enumerate(batch.lanes):
+            if plain and lane.affinity and lane.done:
+                fed = batch.mask[place].bool()  # (L)
+                layers = tuple((layer.keys[place][:, fed], layer.values[place][:, fed]) for layer in batch.cache.layers)
+                self._prefixes.put(lane.affinity, Prefix((*lane.ids, *lane.sampled[:-1]), lane.pictures, layers))
 
     def _step(self, batch: _Batch) -> None:
         batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.lanes), 1)], dim=-1)
@@ -135,6 +159,10 @@ class Decoder:
         if pixels := [lane.pixels for lane in lanes if lane.pixels is not None]:
             pictures["pixel_values"] = torch.cat(pixels).to(ids.device)
             pictures["image_grid_thw"] = torch.cat([lane.grids for lane in lanes if lane.grids is not None]).to(ids.device)
+        past, seen = self._past(lanes)
+        if past is not None:
+            pictures["past_key_values"] = past
+        mask = torch.cat([seen.to(mask.device), mask], dim=-1)  # (B, C + L)
         out = self._model(
             input_ids=ids,
             attention_mask=mask,
@@ -145,16 +173,35 @@ class Decoder:
         )
         return out, mask, positions
 
+    def _past(self, lanes: list[Lane]) -> tuple[Any, Tensor]:
+        """What lanes have read already, padded on the left to the longest (C), and its mask (B, C)."""
+        longest = max(lane.cached for lane in lanes)
+        mask = torch.zeros(len(lanes), longest, dtype=torch.long)
+        known = next((lane.read for lane in lanes if lane.read is not None), None)
+        if known is None:
+            return None, mask
+        for place, lane in enumerate(lanes):
+            mask[place, longest - lane.cached :] = 1
+        layers = []
+        for number, pair in enumerate(known.layers):
+            padded = [pair[half].new_zeros(len(lanes), pair[half].shape[0], longest, pair[half].shape[2]) for half in (0, 1)]
+            for place, lane in enumerate(lanes):
+                if lane.read is not None:
+                    for half in (0, 1):
+                        padded[half][place, :, longest - lane.cached :] = lane.read.layers[number][half]
+            layers.append((padded[0], padded[1]))
+        return DynamicCache(layers), mask
+
     def _pad_left(self, lanes: list[Lane]) -> tuple[Tensor, Tensor, Tensor]:
-        length, axes = max(len(lane.ids) for lane in lanes), lanes[0].positions.shape[0]
+        length, axes = max(len(lane.ids) - lane.cached for lane in lanes), lanes[0].positions.shape[0]
         ids = torch.full((len(lanes), length), self._pad)
         mask = torch.zeros(len(lanes), length, dtype=torch.long)
         positions = torch.zeros(axes, len(lanes), length, dtype=torch.long)
         for place, lane in enumerate(lanes):
-            start = length - len(lane.ids)
-            ids[place, start:] = torch.tensor(lane.ids)
+            start = length - len(lane.ids) + lane.cached
+            ids[place, start:] = torch.tensor(lane.ids[lane.cached :])
             mask[place, start:] = 1
-            positions[:, place, start:] = lane.positions
+            positions[:, place, start:] = lane.positions[:, lane.cached :]
         device = self._model.device
         return ids.to(device), mask.to(device), positions.to(device)
 

@@ -6,8 +6,8 @@ that one has a single sampling for a batch and cannot let a sequence leave early
 
 What a caller should know: image and video placeholders are banned from sampling, so log-probs are those of the distribution
 without them (``facts.extra["banned_ids"]``; a trainer must ban them too). Without stop ids nothing but ``max_tokens`` ends a
-generation. ``threads`` sets torch's thread count for the process; None leaves it alone. Left out: reuse of a prefix's cache
-between turns.
+generation. ``threads`` sets torch's thread count for the process; None leaves it alone. A stream that goes on is read from where its
+last call ended (``prefixes``; ``prefix_tokens`` bounds what is kept, 0 keeps nothing).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from monologue.backends.checkpoints import Checkpoint, open_checkpoint, take_wei
 from monologue.backends.decoding import Decoder, Lane
 from monologue.backends.inputs import Inputs
 from monologue.backends.pictures import Placeholders, locate
+from monologue.backends.prefixes import Prefixes
 from monologue.backends.tokens import template_hash, tokenizer_hash
 
 
@@ -76,6 +77,7 @@ class HFBackend:
         window: float = 0.001,
         timeout: float | None = None,
         local_files_only: bool = False,
+        prefix_tokens: int = 32768,
     ) -> None:
         if not isinstance(source, Checkpoint):
             if dtype not in ("float32", "bfloat16", "float16"):
@@ -85,7 +87,8 @@ class HFBackend:
         self._model, self._inputs = source.model, Inputs(source)
         self.tokenizer = source.tokenizer
         self.processor_hash, self.image_token_id = self._inputs.processor_hash, self._inputs.image_token_id
-        self._decoder, self._threads = Decoder(self._model, self._inputs.banned), threads
+        self._prefixes = Prefixes(prefix_tokens)
+        self._decoder, self._threads = Decoder(self._model, self._inputs.banned, self._prefixes), threads
         self._facts = self._describe(source.source, version or source.version)
         self._batcher: Batcher[_Job, Any] = Batcher(
             self._run,
@@ -190,6 +193,7 @@ class HFBackend:
                     images=ticket.job.images,
                     seconds=time.perf_counter() - ticket.job.started,
                     seed=ticket.job.seed,
+                    cached_tokens=lane.cached,
                 )
             )
 
@@ -207,6 +211,7 @@ class HFBackend:
                 ticket.fail(error)
                 continue
             self._facts = replace(self._facts, weights_version=ticket.job.version)
+            self._prefixes.clear()
             ticket.resolve(None)
 
     def _lanes(self, tickets: _Tickets) -> list[tuple[Ticket[Any, Any], Lane]]:
@@ -222,6 +227,14 @@ class HFBackend:
         return ready
 
     def _lane(self, job: _Generate | _Score) -> Lane:
-        ids = (*job.prompt.ids, *(job.ids if isinstance(job, _Score) else ()))
-        pixels, grids = self._inputs.pixels([picture.image for picture in job.prompt.pictures]) if job.images else (None, None)
-        return Lane(ids, self._inputs.positions(ids, grids), pixels, grids, job.sampling, self._limit(job.prompt, job.sampling))
+        """A scored lane is read whole; one that is to go on takes up what its stream has read."""
+        prompt, images = job.prompt, job.images
+        ids = (*prompt.ids, *(job.ids if isinstance(job, _Score) else ()))
+        shown = tuple(picture.sha256 for picture in prompt.pictures)
+        stream = prompt.affinity if isinstance(job, _Generate) else ""
+        read = self._prefixes.find(stream, ids, shown) if stream else None
+        grids = torch.tensor([image.grid for image in images]) if images else None
+        pixels = self._inputs.pixels([picture.image for picture in prompt.pictures])[0] if images and read is None else None
+        limit = self._limit(prompt, job.sampling)
+        fresh = grids if read is None else None
+        return Lane(ids, self._inputs.positions(ids, grids), pixels, fresh, job.sampling, limit, affinity=stream, pictures=shown, read=read)

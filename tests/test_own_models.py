@@ -59,20 +59,9 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("graph", ["monologue", "monologue:looks=1", "direct", "blind"])
 def test_models_of_other_families_play_and_replay(llm: Path, vlm: Path, tmp_path: Path, graph: str) -> None:
-    words = [
-        "--questioner",
-        str(llm),
-        "--answerer",
-        str(vlm),
-        "--graph",
-        graph,
-        "--temperature",
-        "1",
-        "--max-tokens",
-        "12",
-        "--max-turns",
-        "3",
-    ]
+    seats = {"direct": ["--answerer", str(vlm)], "blind": ["--questioner", str(llm)]}
+    both = ["--questioner", str(llm), "--answerer", str(vlm)]
+    words = [*seats.get(graph, both), "--graph", graph, "--temperature", "1", "--max-tokens", "12", "--max-turns", "3"]
     assert main(["play", *words, "--n", "3", "--out", str(tmp_path / "run")]) == 0
     assert main(["verify", str(tmp_path / "run")]) == 0
     calls = [call for episode in RunReader(tmp_path / "run").episodes() for call in episode.calls()]
