@@ -18,8 +18,7 @@ export TOKENIZERS_PARALLELISM ?= false
 	@touch $@
 
 .venv/dev: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints-dev.txt \
-		'datasets>=4.0' 'hypothesis>=6.100' 'mypy>=1.15' 'pytest>=8.3' 'pytest-asyncio>=1.0' 'ruff>=0.11' 'build>=1.2'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints-dev.txt --editable '.[train,dev]'
 	@touch $@
 
 demo: .venv/installed

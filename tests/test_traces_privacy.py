@@ -199,7 +199,7 @@ def test_the_command_line_plays_shapes_shows_them_and_goes_on(tmp_path: Path, ca
     assert "accuracy 1.000" in first and not list((tmp_path / "run" / "images").iterdir())
     assert main([*words, "--n", "4"]) == 0
     assert "accuracy 1.000" in (again := capsys.readouterr().out) and "3 of them from before" in again
-    assert main(["verify", run]) == 0 and main(["view", run]) == 0
+    assert main(["verify", run]) == 0 and main(["view", run, "--list"]) == 0
     episode = next(RunReader(run).episodes()).start.episode_id
     assert main(["view", run, "--episode", episode]) == 0
     assert main(["play", "--backend", "scripted", "--n", "4", "--out", run]) == 2

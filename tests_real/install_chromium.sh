@@ -8,6 +8,6 @@ if ! command -v chromium >/dev/null; then
 fi
 if ! .venv-page/bin/python -c 'import playwright, pytest, pytest_asyncio, monologue' 2>/dev/null; then
     "${PYTHON:-python3}" -m venv .venv-page
-    .venv-page/bin/pip install --quiet --disable-pip-version-check --editable . playwright pytest pytest-asyncio
+    .venv-page/bin/pip install --quiet --disable-pip-version-check --editable . playwright 'pytest>=9.0' pytest-asyncio
 fi
 chromium --version

@@ -5,5 +5,5 @@ set -eu
 cd "$(dirname "$0")/.."
 "${PYTHON:-python3}" -m venv .venv-phoenix
 .venv-phoenix/bin/pip install --quiet --disable-pip-version-check \
-    'arize-phoenix==20.26.1' 'inspect_ai==0.3.285' 'pytest>=8.3' 'pytest-asyncio>=1.0' --editable '.[otlp,inspect]'
+    'arize-phoenix==20.26.1' 'inspect_ai==0.3.285' 'pytest>=9.0' 'pytest-asyncio>=1.0' --editable '.[otlp,inspect]'
 touch .venv-phoenix/installed
