@@ -13,6 +13,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,16 +161,22 @@ async def aplay(
     listener: Callable[[Record], None] | None = None,
     capture: Capture = "all",
     redact: Redact | None = None,
+    part: tuple[int, int] = (0, 1),
+    ended: Callable[[Played], None] | None = None,
 ) -> Summary:
     """Plays ``samples`` episodes of each problem into the run folder and returns what came of them.
 
     ``max_turns`` bounds the actions of the seat that concludes. ``score`` is the task's rule. ``config`` is kept in run.json.
     ``listener`` is told of each record once it is on disk. ``capture="shape"`` keeps text, ids and pictures off the disk, ``redact``
-    sees every text before it is written.
+    sees every text before it is written. ``part=(k, n)`` plays every n-th problem from the k-th on, so that n processes or machines share
+    a run. ``ended`` is told what came of each episode.
     Raises GraphError for what does not fit together, RunError where the run cannot be written.
     """
     chosen = find(graph) if isinstance(graph, str) else graph
     _check(chosen, seats, control, samples, concurrency, max_turns)
+    first, step = part
+    if not 0 <= first < step:
+        raise GraphError(f"part must be (k, n) with 0 <= k < n, got {part!r}")
     if capture not in ("all", "shape"):
         raise GraphError(f"capture must be 'all' or 'shape', got {capture!r}")
     problems = list(problems) if control else problems
@@ -191,15 +198,18 @@ async def aplay(
     writer.listener = listener or writer.listener
     table = Table(chosen, seats, Recorder(writer, capture=capture, redact=redact), score, seed, max_turns, Toolbox(tools), control, pairs)
     summary = Summary()
-    total = len(problems) * samples if isinstance(problems, Sized) else None
+    total = len(range(first, len(problems), step)) * samples if isinstance(problems, Sized) else None
+    mine = islice(problems, first, None, step)
     try:
         with progress_bar(progress, chosen.name, total) as advance:
 
-            def ended(episode: Played, earlier: bool = False) -> None:
+            def note(episode: Played, earlier: bool = False) -> None:
                 summary.add(episode, earlier)
                 advance(episode)
+                if ended is not None:
+                    ended(episode)
 
-            await _all(concurrency, _jobs(problems, samples, done, table, ended), table, ended)
+            await _all(concurrency, _jobs(mine, samples, done, table, note), table, note)
     finally:
         if writer is not run:
             writer.close()

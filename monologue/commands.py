@@ -54,19 +54,14 @@ def play(options: argparse.Namespace) -> int:
     task = task_of(options)
     problems = problems_of(options, task)
     from monologue.exports import listeners
-    from monologue.graphs.play import play as play_graph
     from monologue.live import Live
-    from monologue.seating import check_sayable, config_of, seats
+    from monologue.seating import config_of, player
 
     options.out = out = options.out or new_run(options.graph)
     shown = Live(out) if options.live else None
-    with listeners(out, shown, options) as listener, seats(options.graph, options) as taken:
-        if own_problem_asked(options):
-            check_sayable(problems[0], taken)
-        summary = play_graph(
-            options.graph,
+    with listeners(out, shown, options) as listener, player(options.graph, options) as play_all:
+        summary = play_all(
             problems,
-            taken,
             out,
             samples=options.samples,
             concurrency=1 if options.live else options.concurrency,
