@@ -30,6 +30,8 @@ ON_CPU = {
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",
 }
+FLAGS = ("--skip-server-warmup", "--disable-fast-image-processor")
+"""On every device. PIL resizes pictures the same everywhere, in the server as in the trainer; the fast processor is off by a shade."""
 ON_ANY = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--grammar-backend", "none"),
@@ -89,7 +91,7 @@ def command(
 ) -> list[str]:
     """The command line of a server. ``flags`` come last, so they win."""
     base = [python, "-m", "sglang.launch_server", "--model-path", model, "--host", "127.0.0.1", "--port", str(port)]
-    own = ["--dtype", dtype or ("float32" if device == "cpu" else "bfloat16"), "--skip-server-warmup"]
+    own = ["--dtype", dtype or ("float32" if device == "cpu" else "bfloat16"), *FLAGS]
     return [*base, *own, *(CPU_FLAGS if device == "cpu" else ()), *flags]
 
 
