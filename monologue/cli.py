@@ -72,6 +72,8 @@ def _play(command: argparse.ArgumentParser) -> None:
     command.add_argument("--capture", choices=("all", "shape"), default="all", help="shape: no text, token ids or pictures on disk")
     command.add_argument("--otlp", metavar="URL", help="send each finished episode to this collector, e.g. http://127.0.0.1:6006")
     exports.add_collector(command)
+    command.add_argument("--deadline", type=float, metavar="SECONDS", help="an episode that takes longer fails (default: none)")
+    command.add_argument("--retries", type=int, default=0, metavar="N", help="play an episode again whose engine was lost or late")
     command.add_argument("--no-resume", action="store_true", help="refuse a run folder that exists")
     command.add_argument("--image", type=Path, metavar="FILE", help="your own picture")
     command.add_argument("--question", metavar="TEXT", help="your own question about --image")

@@ -31,7 +31,7 @@ ON_CPU = {
     "TORCHDYNAMO_DISABLE": "1",
 }
 FLAGS = ("--skip-server-warmup", "--disable-fast-image-processor")
-"""On every device. PIL resizes pictures the same everywhere, in the server as in the trainer; the fast processor is off by a shade."""
+"""On every device. Pictures become patches by the same arithmetic in the server as in the trainer; the fast processor's is off by a shade."""
 ON_ANY = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--grammar-backend", "none"),
@@ -47,6 +47,7 @@ CPU_FLAGS = (
         "64",
     ),
 )
+LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass
@@ -93,6 +94,12 @@ def command(
     base = [python, "-m", "sglang.launch_server", "--model-path", model, "--host", "127.0.0.1", "--port", str(port)]
     own = ["--dtype", dtype or ("float32" if device == "cpu" else "bfloat16"), *FLAGS]
     return [*base, *own, *(CPU_FLAGS if device == "cpu" else ()), *flags]
+
+
+def lora_flags(rank: int, device: str = "cuda") -> list[str]:
+    """Flags of a server that takes adapters of every linear layer up to this rank; they cannot be changed once it runs."""
+    backend = ["--lora-backend", "torch_native"] if device == "cpu" else []
+    return ["--enable-lora", "--max-lora-rank", str(rank), "--lora-target-modules", *LORA_MODULES, *backend]
 
 
 def environment(device: str) -> dict[str, str]:
