@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 from monologue.backends.base import BackendUnavailable
+from monologue.backends.places import fingerprint
 
 STANDINS = Path(__file__).parent / "cpu"
 ON_CPU = {
@@ -90,8 +91,9 @@ class Server:
 def command(
     model: str, port: int, *, python: str = sys.executable, device: str = "cuda", dtype: str = "", flags: Sequence[str] = ()
 ) -> list[str]:
-    """The command line of a server. ``flags`` come last, so they win."""
+    """The command line of a server, which names its weights by their content. ``flags`` come last, so they win."""
     base = [python, "-m", "sglang.launch_server", "--model-path", model, "--host", "127.0.0.1", "--port", str(port)]
+    base += ["--weight-version", fingerprint(model)]
     own = ["--dtype", dtype or ("float32" if device == "cpu" else "bfloat16"), *FLAGS]
     return [*base, *own, *(CPU_FLAGS if device == "cpu" else ()), *flags]
 

@@ -13,6 +13,7 @@ What the server is told, and why:
     pictures resized already      SGLang 0.5.21 puts limits of its own in the place of a Qwen2-VL checkpoint's, and may resize by another
                                   library; a picture that has the processor's size passes through both as it is
     the sampling mask             with top-p or top-k its plain log-probs are those before truncation; the mask gives the truncated ones
+    ignore_eos without stop ids   with some, the server stops at the model's own end of text too
     no seed                       it only honours one in deterministic mode; else none is recorded
 """
 
@@ -73,6 +74,7 @@ class Requests:
             "top_k": sampling.top_k or -1,
             "max_new_tokens": min(sampling.max_tokens, self.context_length - len(prompt.ids)),
             "stop_token_ids": list(sampling.stop_ids),
+            "ignore_eos": not sampling.stop_ids,
             "skip_special_tokens": False,
             **({"logit_bias": {str(token): NEVER for token in self.eyes.banned}} if self.eyes.banned else {}),
         }

@@ -46,3 +46,25 @@ def scaled(folder: Path, factor: float) -> Path:
     weights = load_file(folder / "model.safetensors")
     save_file({name: value * factor for name, value in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def adapter(folder: Path, merged: Path, seed: int) -> tuple[Path, Path]:
+    """A LoRA adapter of rank 4 for the starter questioner in PEFT's layout, and the same model with the adapter merged."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(seed)
+    shutil.copytree(starter("questioner"), merged)
+    folder.mkdir()
+    weights, found, modules = load_file(merged / "model.safetensors"), dict[str, Any](), ("q_proj", "v_proj", "down_proj")
+    for name in [name for name in weights if name.split(".")[-2] in modules]:
+        high, wide = weights[name].shape
+        down, up = torch.randn(4, wide) * 0.05, torch.randn(high, 4) * 0.05
+        key = "base_model.model." + name.removesuffix("weight")
+        found |= {f"{key}lora_A.weight": down, f"{key}lora_B.weight": up}
+        weights[name] = weights[name].float() + 2.0 * up @ down
+    save_file(found, folder / "adapter_model.safetensors")
+    save_file({name: value.float() for name, value in weights.items()}, merged / "model.safetensors", metadata={"format": "pt"})
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": modules, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(starter("questioner"))}))
+    return folder, merged
