@@ -1,9 +1,9 @@
 """Client of real SGLang servers: token ids in, token ids and log-probs out, over the native ``/generate``.
 
-The server is fast and unforgiving, so everything is counted before it is sent (``serving/requests.py``) and counted again when the answer is
-there (``serving/answers.py``). Which server is asked, what it was loaded with, restarts and swaps are the business of ``serving/fleet.py``;
-deadlines, retries and errors that of ``wire.py``. Log-probs at temperature T are of the tempered, truncated distribution that was really
-sampled, as everywhere.
+The server is fast and unforgiving, so everything is counted before it is sent (``serving/requests.py``) and counted again when the
+answer is there (``serving/answers.py``). Which server is asked, what it was loaded with, restarts and swaps are the business of
+``serving/fleet.py``; deadlines, retries and errors that of ``wire.py``. Log-probs at temperature T are of the tempered, truncated
+distribution that was really sampled, as everywhere.
 """
 
 from __future__ import annotations

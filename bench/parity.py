@@ -4,8 +4,8 @@
 
 Prompts as they stand in dialogues of the oracle (the answerer's with their picture), random ids, and random ids with up to three noisy
 pictures of odd sizes; a third each. Every prompt is continued greedily by both and must give the same tokens. The log-prob table holds the
-absolute difference in nats of the sampled tokens, and of the same tokens scored under both. Without addresses the starter policies are served by
-servers of its own. It can lose: any prompt with other tokens is counted and shown; on a GPU in bfloat16 some will be.
+absolute difference in nats of the sampled tokens, and of the same tokens scored under both. Without addresses the starter policies are
+served by servers of its own. It can lose: any prompt with other tokens is counted and shown; on a GPU in bfloat16 some will be.
 """
 
 from __future__ import annotations

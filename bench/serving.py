@@ -4,8 +4,8 @@
 
 overhead    one call at a time, client and plain ``httpx`` in turn with the same body to the same server; median of the paired differences.
             Target: under 1 ms. It can lose: checks, threads and base64 are all in it.
-occupancy   64 episodes at once; both servers are asked 20 times a second what they run. Of 64 episodes, so many have a request in a server's
-            batch; the rest are between two calls. Also the share of samples in which requests waited for a place in the batch.
+occupancy   64 episodes at once; both servers are asked 20 times a second what they run. Of 64 episodes, so many have a request in a
+            server's batch; the rest are between two calls. Also the share of samples in which requests waited for a place in the batch.
 kills       the questioner's server is killed (SIGKILL, whole process group) at random moments while 64 episodes play, and started again by
             a supervisor. Lost: problems without exactly one whole episode, answers other than those of a play without kills, breaches that
             ``monologue verify`` finds. Target: none. It can lose: a client that gives up, or asks twice and keeps both, shows here.

@@ -1,10 +1,10 @@
 """Plays a graph on problems, many episodes at once, each a trace; engines gather the concurrent calls into batches.
 
 An episode that breaks is recorded as failed and the others go on; only a run folder that cannot be written ends the whole
-play. An engine that could not be reached, or did not answer in time, may be asked again: ``retries`` plays such an episode anew as a
-whole, each attempt a trace of its own. ``deadline`` bounds an attempt however its calls fare. Ctrl-C ends it too: what was finished is on disk already, what was under way is recorded as cancelled. With ``resume`` a
+play. Ctrl-C ends it too: what was finished is on disk already, what was under way is recorded as cancelled. With ``resume`` a
 run is continued: whatever ended well is neither repeated nor lost, the rest is played again with the next attempt number and
-the same seed.
+the same seed. Where an engine could not be reached or did not answer in time, ``retries`` plays the episode again at once, as a
+whole; ``deadline`` bounds an attempt however its calls fare. Each attempt is a trace of its own.
 """
 
 from __future__ import annotations
@@ -199,10 +199,10 @@ async def aplay(
 ) -> Summary:
     """Plays ``samples`` episodes of each problem into the run folder and returns what came of them.
 
-    ``max_turns`` bounds the actions of the seat that concludes. ``score`` is the task's rule. ``deadline`` (seconds)
-    bounds an attempt; ``retries`` is how often an episode is played again whose engine could not be reached or did not answer. ``config`` is kept in run.json.
-    ``listener`` is told of each record once it is on disk. ``capture="shape"`` keeps text, ids and pictures off the disk, ``redact``
-    sees every text before it is written.
+    ``max_turns`` bounds the actions of the seat that concludes. ``score`` is the task's rule. ``deadline`` (seconds) bounds an
+    attempt; ``retries`` is how often an episode is played again whose engine could not be reached or did not answer. ``config`` is
+    kept in run.json. ``listener`` is told of each record once it is on disk. ``capture="shape"`` keeps text, ids and pictures off
+    the disk, ``redact`` sees every text before it is written.
     Raises GraphError for what does not fit together, RunError where the run cannot be written.
     """
     chosen = find(graph) if isinstance(graph, str) else graph

@@ -55,7 +55,9 @@ def test_an_answer_is_read_whole() -> None:
         (answer(finish_reason={"type": "abort", "message": "bye"}), Sampling(), (), "aborted"),
     ],
 )
-def test_an_answer_that_does_not_add_up_is_an_error(content: dict[str, Any], sampling: Sampling, banned: tuple[int, ...], word: str) -> None:
+def test_an_answer_that_does_not_add_up_is_an_error(
+    content: dict[str, Any], sampling: Sampling, banned: tuple[int, ...], word: str
+) -> None:
     with pytest.raises(BackendError, match=word):
         read_generation(content, (1, 2, 3), sampling, banned)
 
@@ -76,7 +78,7 @@ async def flaky() -> AsyncIterator[Callable[..., Any]]:
     """A server that answers from a list: a status and a body, None to cut the connection, "hang" to say nothing."""
     servers, writers, ended = list[asyncio.Server](), list[asyncio.StreamWriter](), asyncio.Event()
 
-    async def one(*answers: tuple[int, str] | None | str) -> tuple[Wire, list[bytes]]:
+    async def one(*answers: tuple[int, str] | str | None) -> tuple[Wire, list[bytes]]:
         left, seen = list(answers), list[bytes]()
 
         async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

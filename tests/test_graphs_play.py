@@ -384,7 +384,12 @@ class Slow:
     """An engine that answers when it is told to, or fails so often before it does."""
 
     def __init__(self, failures: list[Exception], seconds: float = 0.0) -> None:
-        self.engine, self.failures, self.seconds, self.cancelled = ScriptedBackend(lambda request: "red", tiny_tokenizer()), failures, seconds, 0
+        self.engine, self.failures, self.seconds, self.cancelled = (
+            ScriptedBackend(lambda request: "red", tiny_tokenizer()),
+            failures,
+            seconds,
+            0,
+        )
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.engine, name)

@@ -12,8 +12,8 @@ in place of 0.001; log-probs off by one: KL 60), and none of those raised an err
 
 A call in whose middle the weights changed (``PolicyCall.weights``) is recomputed by each version, and each answers for its own tokens; that
 is exact where the engine computed the context anew for the new weights, as ours are told to. A call without recorded log-probs (an
-oracle's, a hosted chat model's) has nothing to recompute and is counted as such. A token on the very edge of a nucleus may fall to the other
-side by rounding; such a call is tried again with top_p moved by 1e-5 either way.
+oracle's, a hosted chat model's) has nothing to recompute and is counted as such. A token on the very edge of a nucleus may fall to the
+other side by rounding; such a call is tried again with top_p moved by 1e-5 either way.
 Left out: replay by an engine over the network, which scores untempered distributions only; what a server sampled is replayed in process.
 """
 

@@ -53,7 +53,9 @@ def _check_prompt(answer: dict[str, Any], prompt: Sequence[int]) -> None:
             "it prepares pictures otherwise or tokenised anew; give both sides the same processor settings"
         )
     if read is not None and (wrong := [place for place, (a, b) in enumerate(zip(read, prompt, strict=True)) if a != b]):
-        raise BackendError(f"the server read id {read[wrong[0]]} at place {wrong[0]} of the prompt, not {prompt[wrong[0]]}: it tokenised anew")
+        raise BackendError(
+            f"the server read id {read[wrong[0]]} at place {wrong[0]} of the prompt, not {prompt[wrong[0]]}: it tokenised anew"
+        )
 
 
 def whole(answer: dict[str, Any], url: str, rid: str) -> dict[str, Any]:

@@ -99,18 +99,29 @@ class Fleet:
     async def load(self, loaded: Loaded, swap: Swap) -> None:
         """Full weights to every server; an adapter on the old ones is dropped. Raises BackendError."""
         async with self._changing:
-            self._welcome = {*self._welcome, loaded.version} if self._welcome else set()
-            for wire in self.wires:
-                await _take(wire, loaded, swap)
-            self._weights, self._adapter, self._welcome = loaded, None, {loaded.version}
+            before = set(self._welcome)
+            self._welcome = before | {loaded.version} if before else set()
+            try:
+                for wire in self.wires:
+                    await _take(wire, loaded, swap)
+            except BaseException:
+                self._welcome = before
+                raise
+            self._weights, self._welcome = loaded, {loaded.version}
+            await self._turn_to(None)
 
     async def adapt(self, adapter: Loaded) -> None:
         """An adapter to every server, asked for from now on; the one before it is dropped. Raises BackendError."""
         async with self._changing:
             for wire in self.wires:
                 await _attach(wire, adapter)
-            before, self._adapter = self._adapter, adapter
-            for wire in self.wires if before else ():
+            await self._turn_to(adapter)
+
+    async def _turn_to(self, adapter: Loaded | None) -> None:
+        """Requests name this adapter from now on; the one before it goes once the requests that named it have ended."""
+        before, self._adapter = self._adapter, adapter
+        if before is not None:
+            for wire in self.wires:
                 await wire.post("/unload_lora_adapter", {"lora_name": before.version}, timeout=LOAD_SECONDS)
 
     async def healthy(self, timeout: float) -> bool:

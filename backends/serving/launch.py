@@ -32,7 +32,7 @@ ON_CPU = {
     "TORCHDYNAMO_DISABLE": "1",
 }
 FLAGS = ("--skip-server-warmup", "--disable-fast-image-processor")
-"""On every device. Pictures become patches by the same arithmetic in the server as in the trainer; the fast processor's is off by a shade."""
+"""On every device. Pictures become patches by the trainer's arithmetic; the fast processor's is off by a shade."""
 ON_ANY = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--grammar-backend", "none"),

@@ -112,8 +112,8 @@ class Requests:
         if (found := len(PLACE.findall(text))) != pictures:
             raise RequestRefused(
                 f"the server finds a picture by <|vision_start|><|image_pad|><|vision_end|> (or <image>) in the decoded prompt; "
-                f"expected {pictures} of them, got {found} in {text[:200]!r}; frame each picture so, leave <image> out of the text, and use "
-                "a tokenizer whose decoder puts nothing between the three"
+                f"expected {pictures} of them, got {found} in {text[:200]!r}; frame each picture so, leave <image> out of the text, and "
+                "use a tokenizer whose decoder puts nothing between the three"
             )
 
     def _encode(self, image: Image) -> str:

@@ -26,9 +26,7 @@ Connect = Callable[..., SGLangBackend]
 def post(url: str, path: str, body: dict[str, Any], timeout: float = 60.0) -> Any:
     """What a server answers to somebody who does not use our client."""
     data = json.dumps(body).encode()
-    with urllib.request.urlopen(
-        urllib.request.Request(url + path, data, {"content-type": "application/json"}), timeout=timeout
-    ) as answer:
+    with urllib.request.urlopen(urllib.request.Request(url + path, data, {"content-type": "application/json"}), timeout=timeout) as answer:
         return json.load(answer)
 
 

@@ -1,10 +1,10 @@
 """A process between client and server that spoils the answers of generations on request: what a broken network or server looks like.
 
-    python proxy.py SERVER_URL MANNER FIRST LAST     generations FIRST to LAST (from 0) are spoilt, all else passes; prints its port
+python proxy.py SERVER_URL MANNER FIRST LAST     generations FIRST to LAST (from 0) are spoilt, all else passes; prints its port
 
-    garbage   200 with a page of HTML          odd    200 with JSON that is no generation
-    cut       the connection ends midway       busy   503
-    lost      the server generates, then the connection ends midway
+garbage   200 with a page of HTML          odd    200 with JSON that is no generation
+cut       the connection ends midway       busy   503
+lost      the server generates, then the connection ends midway
 """
 
 import itertools

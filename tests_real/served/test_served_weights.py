@@ -1,4 +1,4 @@
-"""New weights while serving: full ones and adapters, to every server, checked by version and by number; swaps in mid-generation by token."""
+"""New weights while serving: full ones and adapters, to every server, checked by version and by number; swaps midway by token."""
 
 from __future__ import annotations
 
@@ -133,7 +133,9 @@ async def test_an_adapter_is_taken_by_name_and_dropped_for_the_next(
         ours = await asyncio.gather(*(local(merged).score(prompt, (20, 21, 2), Sampling()) for prompt in asked))
         assert max(abs(a - b) for x, y in zip(theirs, ours, strict=True) for a, b in zip(x, y, strict=True)) < 1e-4
         assert max(abs(a - b) for x, y in zip(theirs, plain, strict=True) for a, b in zip(x, y, strict=True)) > 0.01
-        assert {one.weights_version for one in await asyncio.gather(*(served.generate(p, GREEDY) for p in asked[:3]))} == {f"adapter-{number}"}
+        assert {one.weights_version for one in await asyncio.gather(*(served.generate(p, GREEDY) for p in asked[:3]))} == {
+            f"adapter-{number}"
+        }
     await served.load(str(starter("questioner")), "base-again")
     assert (await served.generate(asked[0], GREEDY)).weights_version == "base-again"
     again = await asyncio.gather(*(served.score(prompt, (20, 21, 2), Sampling()) for prompt in asked))
