@@ -46,8 +46,8 @@ class SGLangBackend:
         if not endpoints:
             raise ValueError("expected at least one endpoint such as http://127.0.0.1:30000, got none")
         self._loop = Loop("sglang client")
+        self.fleet = self._loop.submit(_fleet(endpoints, limit, attempts, timeout)).result()
         try:
-            self.fleet = self._loop.submit(_fleet(endpoints, limit, attempts, timeout)).result()
             told = self._loop.submit(self.fleet.facts(connect_timeout)).result()
             self.server = told[0]
             _check_alike(told)
@@ -55,6 +55,7 @@ class SGLangBackend:
             config = open_config(name)
             self.tokenizer, processor = open_processors(name, config)
         except BaseException:
+            self._loop.submit(self.fleet.aclose()).result()
             self._loop.stop()
             raise
         self._eyes = Eyes(config, processor, name)

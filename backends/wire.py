@@ -112,19 +112,36 @@ class Wire:
         return await self._often("GET", path, None, timeout, path)
 
     async def post(
-        self, path: str, body: Any | Callable[[], Any], *, timeout: float, name: str = "", attempts: int | None = None
+        self,
+        path: str,
+        body: Any | Callable[[], Any],
+        *,
+        timeout: float,
+        name: str = "",
+        attempts: int | None = None,
+        headers: dict[str, str] | None = None,
     ) -> dict[str, Any]:
         """The JSON object that answers ``body``, or what ``body()`` makes for each attempt; ``name`` is what errors call the request.
         Raises BackendError.
         """
-        return await self._often("POST", path, body, timeout, name or path, attempts)
+        return await self._often("POST", path, body, timeout, name or path, attempts, headers)
 
-    async def _often(self, method: str, path: str, body: Any, timeout: float, name: str, attempts: int | None = None) -> dict[str, Any]:
+    async def _often(
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        timeout: float,
+        name: str,
+        attempts: int | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> dict[str, Any]:
         deadline, attempts, cuts = time.monotonic() + timeout, attempts or self._attempts, 0
         for attempt in range(attempts):
             try:
                 async with self._places if path in self._bounded else nullcontext():
-                    return await self._once(method, path, body() if callable(body) else body, deadline - time.monotonic(), name)
+                    request = self._client.build_request(method, path, json=body() if callable(body) else body, headers=headers)
+                    return await self._once(request, deadline - time.monotonic(), name)
             except BackendUnavailable as error:
                 cuts += isinstance(error, _CutOff)
                 wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.5)
@@ -134,11 +151,11 @@ class Wire:
                 await asyncio.sleep(wait)
         raise AssertionError("unreachable")
 
-    async def _once(self, method: str, path: str, body: Any, timeout: float, name: str) -> dict[str, Any]:
+    async def _once(self, request: Any, timeout: float, name: str) -> dict[str, Any]:
         import httpx
 
         try:
-            answer = await asyncio.wait_for(self._client.request(method, path, json=body), max(timeout, 0.001))
+            answer = await asyncio.wait_for(self._client.send(request), max(timeout, 0.001))
         except asyncio.TimeoutError as error:
             raise BackendTimeout(f"the server {self.url} did not answer {name} within its deadline") from error
         except httpx.ConnectError as error:

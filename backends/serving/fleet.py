@@ -1,9 +1,12 @@
 """Several servers of one model as one: who is asked, what each was given to play with, and what happens when one loses it.
 
-One episode is always asked of the same server (``Prompt.affinity``), so that its prefix stays in that server's cache. Weights, adapters and
-aborts go to every server, never through a router. After ``load`` has returned, an answer of any other version is thrown away and asked for
-again; a server that restarted is given its weights back first. A swap by somebody else is told apart: an episode that began under other
-weights fails with both versions named, the next ones play on with the new.
+One episode is always asked of the same server (``Prompt.affinity``), so that its prefix stays in that server's cache. An endpoint may be
+SGLang's own router: generations go to it, with the episode as routing key; weights, adapters and aborts go to every server behind it,
+never through it. The router (0.3.2) leaves out what it does not know, so behind it truncated samplings have no log-probs and are an error.
+
+After ``load`` has returned, an answer of any other version is thrown away and asked for again; a server that restarted is given its weights
+back first. A swap by somebody else is told apart: an episode that began under other weights fails with both versions named, the next ones
+play on with the new.
 
     swap="wait"       new requests wait until those under way have ended, then the weights change: one version a generation
     swap="midway"     requests under way are held, their cache is dropped, and they go on with the new weights: versions by token
@@ -20,6 +23,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from monologue.backends.base import BackendError, BackendUnavailable, RequestRefused
@@ -27,6 +31,8 @@ from monologue.backends.serving.answers import version, whole
 from monologue.backends.wire import Wire
 
 Swap = Literal["wait", "midway"]
+ROUTING_KEY = "x-smg-routing-key"
+"""Header by which the router (``--policy manual``) keeps an episode with one server."""
 ABORT_SECONDS = 5.0
 LOAD_SECONDS = 600.0
 """For a server to read a checkpoint, the requests under way included."""
@@ -62,8 +68,8 @@ class Fleet:
     """Everything here runs on one event loop."""
 
     def __init__(self, endpoints: Sequence[str], *, limit: int, attempts: int, timeout: float) -> None:
-        self.wires = [Wire(endpoint, limit=limit, attempts=attempts) for endpoint in endpoints]
-        self.timeout = timeout
+        self.timeout, self._new = timeout, partial(Wire, limit=limit, attempts=attempts)
+        self._fronts = [(wire, [wire]) for wire in map(self._new, endpoints)]
         self.reloads = 0
         """How often a server had to be given its weights back."""
         self._weights: Loaded | None = None
@@ -73,26 +79,36 @@ class Fleet:
         self._began: OrderedDict[str, str] = OrderedDict()
         self._changing = asyncio.Lock()
 
+    @property
+    def wires(self) -> list[Wire]:
+        """Every server, none twice."""
+        return list({wire.url: wire for _, behind in self._fronts for wire in behind}.values())
+
     async def facts(self, timeout: float) -> list[dict[str, Any]]:
-        """What each server says about itself. Raises BackendError."""
+        """What each server says about itself; those behind a router are found here. Raises BackendError."""
+        for front, behind in self._fronts:
+            if urls := await _workers(front, timeout):
+                behind[:] = map(self._new, urls)
         return [await _facts(wire, timeout) for wire in self.wires]
 
     async def ask(self, affinity: str, body: dict[str, Any]) -> Answer:
         """The answer of the episode's own server, carrying the weights that it was given. Raises BackendError."""
-        wire = self.wires[_share(affinity, len(self.wires))]
+        wire, behind = self._fronts[_share(affinity, len(self._fronts))]
         for _ in range(RELOADS):
             adapter = self._adapter.version if self._adapter else None
             try:
-                content = await self._posted(wire, body if adapter is None else {**body, "lora_path": adapter})
+                named = body if adapter is None else {**body, "lora_path": adapter}
+                content = await self._posted(wire, behind, affinity, named)
             except RequestRefused:
-                if adapter is None or adapter in await _adapters(wire, self.timeout):
+                if adapter is None or all([adapter in await _adapters(one, self.timeout) for one in behind]):
                     raise
             else:
                 found = version(content["meta_info"].get("weight_version"))
                 if found in self._welcome or not self._welcome:
                     self._check_steady(affinity, found, wire)
                     return Answer(content, wire.url, adapter)
-            await self._give_back(wire)
+            for one in behind:
+                await self._give_back(one)
         told = self._weights or self._adapter
         raise BackendUnavailable(f"the server {wire.url} keeps losing {told.version if told else None!r}; look into its log")
 
@@ -134,10 +150,10 @@ class Fleet:
         return True
 
     async def aclose(self) -> None:
-        for wire in self.wires:
+        for wire in {*self.wires, *(front for front, _ in self._fronts)}:
             await wire.aclose()
 
-    async def _posted(self, wire: Wire, body: dict[str, Any]) -> dict[str, Any]:
+    async def _posted(self, wire: Wire, behind: Sequence[Wire], affinity: str, body: dict[str, Any]) -> dict[str, Any]:
         """A fresh rid for every attempt: aborts match by prefix, and a request that was lost may still run."""
         rids = list[str]()
 
@@ -147,9 +163,9 @@ class Fleet:
 
         name = f"a generation for {len(body['input_ids'])} ids"
         try:
-            answer = await wire.post("/generate", named, timeout=self.timeout, name=name)
+            answer = await wire.post("/generate", named, timeout=self.timeout, name=name, headers={ROUTING_KEY: affinity})
         except (asyncio.CancelledError, BackendError):
-            await asyncio.shield(_aborted(wire, rids))
+            await asyncio.shield(asyncio.gather(*(_aborted(one, rids) for one in behind)))
             raise
         return whole(answer, wire.url, rids[-1])
 
@@ -175,6 +191,17 @@ class Fleet:
             if self._adapter and self._adapter.version not in await _adapters(wire, self.timeout):
                 self.reloads += 1
                 await _attach(wire, self._adapter)
+
+
+async def _workers(wire: Wire, timeout: float) -> list[str]:
+    """Addresses of the servers behind a router; none for a server."""
+    try:
+        found = (await wire.get("/workers", timeout=timeout)).get("workers", ())
+    except RequestRefused:
+        return []
+    if not found:
+        raise BackendUnavailable(f"the router {wire.url} has no servers yet")
+    return [str(one["url"]) for one in found]
 
 
 async def _facts(wire: Wire, timeout: float) -> dict[str, Any]:

@@ -15,10 +15,7 @@ from monologue.backends.sglang import SGLangBackend
 from monologue.cli import main
 from monologue.seating import starter
 from monologue.traces.store import RunReader
-from tests_real.served.kit import Connect, Start
-
-ROOT = Path(__file__).parent.parent.parent
-PYTHON = ROOT / ".venv-sglang" / "bin" / "python"
+from tests_real.served.kit import PYTHON, Connect, Start
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from monologue.backends.serving.launch import Server
 from monologue.backends.sglang import SGLangBackend
 from monologue.seating import starter
 
+PYTHON = Path(__file__).parent.parent.parent / ".venv-sglang" / "bin" / "python"
+"""Where SGLang is installed."""
 EOS = 2
 GREEDY = Sampling(temperature=0.0, max_tokens=16, stop_ids=(EOS,))
 ALL = Sampling(temperature=1.0, max_tokens=400)
