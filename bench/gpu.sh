@@ -5,11 +5,12 @@
 set -eu
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python}"
-share="--flag=--mem-fraction-static=${SHARE:-0.4}"
-"$python" bench/parity.py --device cuda --dtype float32 --python "$python" --json bench/results/parity-gpu-float32.json
-"$python" bench/parity.py --device cuda --dtype bfloat16 --python "$python" --json bench/results/parity-gpu-bfloat16.json
-"$python" bench/serving.py --device cuda --python "$python" "$share" --kills "${KILLS:-100}" --json bench/results/serving-gpu.json
+share="--flag=--mem-fraction-static=${SHARE:-0.4}" # two servers on one card
+small="--flag=--attention-backend=triton"           # heads of 32 numbers, as the starter policies have
+"$python" bench/parity.py --device cuda --dtype float32 $share $small --python "$python" --json bench/results/parity-gpu-float32.json
+"$python" bench/parity.py --device cuda --dtype bfloat16 $share $small --python "$python" --json bench/results/parity-gpu-bfloat16.json
+"$python" bench/serving.py --device cuda --python "$python" $share $small --kills "${KILLS:-100}" --json bench/results/serving-gpu.json
 if [ -n "${QUESTIONER:-}" ] && [ -n "${ANSWERER:-}" ]; then
-    "$python" bench/serving.py --device cuda --python "$python" "$share" --kills 0 --episodes "${EPISODES:-512}" \
+    "$python" bench/serving.py --device cuda --python "$python" $share --kills 0 --episodes "${EPISODES:-512}" \
         --questioner-model "$QUESTIONER" --answerer-model "$ANSWERER" --json bench/results/serving-gpu-models.json
 fi

@@ -117,6 +117,7 @@ def main() -> None:
     options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options.add_argument("--dtype", default="float32")
     options.add_argument("--python", default=".venv-sglang/bin/python", help="the Python in which sglang is installed")
+    options.add_argument("--flag", action="append", default=[], help="a further flag of the servers, e.g. --flag=--mem-fraction-static=0.4")
     options.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "parity.json")
     chosen = options.parse_args()
     with ExitStack() as running:
@@ -125,7 +126,7 @@ def main() -> None:
             urls[role] = getattr(chosen, role)
             if urls[role] is None:
                 log = Path(running.enter_context(tempfile.TemporaryDirectory())) / "log"
-                start = {"python": chosen.python, "device": chosen.device, "dtype": chosen.dtype}
+                start = {"python": chosen.python, "device": chosen.device, "dtype": chosen.dtype, "flags": chosen.flag}
                 urls[role] = running.enter_context(launch(str(starter(role)), log=log, **start)).url
         rows, facts = asyncio.run(measure(urls, chosen.n))
     for row in rows:

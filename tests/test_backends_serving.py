@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import math
 from collections.abc import AsyncIterator, Callable
@@ -11,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL.Image import new
 
-from monologue.backends.base import BackendError, BackendTimeout, BackendUnavailable, RequestRefused, Sampling
+from monologue.backends.base import BackendError, BackendTimeout, BackendUnavailable, Picture, Prompt, RequestRefused, Sampling
+from monologue.backends.checkpoints import open_config, open_processors
+from monologue.backends.inputs import Eyes
 from monologue.backends.serving.answers import read_generation, read_scores, whole
 from monologue.backends.serving.launch import command, environment
+from monologue.backends.serving.requests import NEVER, Requests
 from monologue.backends.wire import CUTS, Loop, Wire
 from monologue.cli import main, parser
 from monologue.seating import starter
 from monologue.serving import orders_of, settle
+from monologue.traces.images import decode
 from monologue.usage import UsageError
 
 META: dict[str, Any] = {
@@ -179,3 +185,44 @@ def test_the_cpu_stand_ins_never_reach_a_gpu_server() -> None:
     assert words[-2:] == ["--tp", "2"] and "bfloat16" in words and "torch_native" not in words
     assert "serving/cpu" not in environment("cuda").get("PYTHONPATH", "") and Path(environment("cpu")["PYTHONPATH"]).name == "cpu"
     assert "base:" in " ".join(command(str(starter("questioner")), 1, device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def requests() -> Requests:
+    """Bodies for the starter answerer."""
+    config = open_config(str(starter("answerer")))
+    tokenizer, processor = open_processors(str(starter("answerer")), config)
+    return Requests(Eyes(config, processor, "starter"), tokenizer, 140, 500, own_limits=True)
+
+
+def test_a_picture_goes_out_once_encoded_in_the_size_that_the_processor_makes_of_it(requests: Requests) -> None:
+    image = new("RGB", (333, 334), "red")
+    room = requests.eyes.placeholders(image)
+    prompt = Prompt((20, 11, *[13] * room.count, 12, 21), (Picture("x", image),))
+    body = requests.generation(prompt, requests.admit(prompt, 1, Sampling()), Sampling(top_p=0.9))
+    assert body["input_ids"] == [20, 11, 13, 12, 21] and body["return_prompt_token_ids"] and body["return_sampling_mask"]
+    assert body["sampling_params"]["logit_bias"] == {"13": NEVER, "14": NEVER} and body["sampling_params"]["top_k"] == 140
+    sent = decode(base64.b64decode(body["image_data"][0]), "sent")
+    assert sent.size == (14 * room.grid[2], 14 * room.grid[1])
+    again = requests.generation(prompt, requests.admit(prompt, 1, Sampling()), Sampling())
+    assert again["image_data"][0] is body["image_data"][0] and "return_sampling_mask" not in again
+    assert again["sampling_params"]["ignore_eos"] and "seed" not in again["sampling_params"]
+
+
+def test_a_picture_that_the_server_would_not_find_is_refused(requests: Requests) -> None:
+    image = new("RGB", (84, 84))
+    for ids, found in (((20, *[13] * 9, 21), 0), ((11, *[13] * 9, 20, 12), 0)):
+        prompt = Prompt(ids, (Picture("x", image),))
+        with pytest.raises(RequestRefused, match=f"expected 1 of them, got {found}"):
+            requests.generation(prompt, requests.admit(prompt, 1, Sampling()), Sampling())
+
+
+def test_text_that_the_server_would_take_for_a_picture_is_refused(requests: Requests) -> None:
+    class Liar:
+        def decode(self, ids: list[int]) -> str:
+            return "<|vision_start|><|image_pad|><|vision_end|> what does <image> mean ?"
+
+    other = Requests(requests.eyes, Liar(), 140, 500)
+    prompt = Prompt((11, *[13] * 9, 12, 20), (Picture("x", new("RGB", (84, 84))),))
+    with pytest.raises(RequestRefused, match="expected 1 of them, got 2"):
+        other.generation(prompt, other.admit(prompt, 1, Sampling()), Sampling())
