@@ -8,8 +8,9 @@ distribution that was really sampled, as everywhere.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,19 @@ class SGLangBackend:
         """The room a picture takes in a prompt."""
         return self._eyes.placeholders(image)
 
-    async def generate(self, prompt: Prompt, sampling: Sampling) -> Generation:
+    async def generate(self, prompt: Prompt, sampling: Sampling, *, heard: Callable[[tuple[int, ...]], None] | None = None) -> Generation:
+        """Samples. ``heard`` is told the ids so far, in the caller's loop, whenever there are more; where an answer was lost and is asked
+        for again, they begin anew.
+        """
         started = time.perf_counter()
         images = self._requests.admit(prompt, 1, sampling)
-        answer = await self._loop.run(self.fleet.ask(prompt.affinity, self._requests.generation(prompt, images, sampling)))
+        body, here = self._requests.generation(prompt, images, sampling), asyncio.get_running_loop()
+
+        def told(part: dict[str, Any]) -> None:
+            if heard and part.get("output_ids"):
+                here.call_soon_threadsafe(heard, tuple(part["output_ids"]))
+
+        answer = await self._loop.run(self.fleet.ask(prompt.affinity, body, told if heard else None))
         found = read_generation(answer.content, prompt.ids, sampling, self._eyes.banned)
         weights = answer.adapter or found.weights_version
         seconds = time.perf_counter() - started

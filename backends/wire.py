@@ -15,17 +15,19 @@ and its connections outlive each of them. A caller that is cancelled cancels its
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import nullcontext, suppress
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from monologue.backends.base import BackendError, BackendTimeout, BackendUnavailable, RequestRefused
 
 T = TypeVar("T")
+Heard: TypeAlias = "Callable[[dict[str, Any]], None]"
 PASSING = (502, 503, 504)
 FIRST_WAIT, LONGEST_WAIT = 0.1, 5.0
 """Seconds before the first retry, and at most."""
@@ -120,11 +122,13 @@ class Wire:
         name: str = "",
         attempts: int | None = None,
         headers: dict[str, str] | None = None,
+        heard: Heard | None = None,
     ) -> dict[str, Any]:
         """The JSON object that answers ``body``, or what ``body()`` makes for each attempt; ``name`` is what errors call the request.
-        Raises BackendError.
+        ``heard`` is told of every object of an answer that comes as server-sent events, of which the last one counts; an answer that is
+        cut off begins anew. Raises BackendError.
         """
-        return await self._often("POST", path, body, timeout, name or path, attempts, headers)
+        return await self._often("POST", path, body, timeout, name or path, attempts, headers, heard)
 
     async def _often(
         self,
@@ -135,13 +139,14 @@ class Wire:
         name: str,
         attempts: int | None = None,
         headers: dict[str, str] | None = None,
+        heard: Heard | None = None,
     ) -> dict[str, Any]:
         deadline, attempts, cuts = time.monotonic() + timeout, attempts or self._attempts, 0
         for attempt in range(attempts):
             try:
                 async with self._places if path in self._bounded else nullcontext():
                     request = self._client.build_request(method, path, json=body() if callable(body) else body, headers=headers)
-                    return await self._once(request, deadline - time.monotonic(), name)
+                    return await self._once(request, deadline - time.monotonic(), name, heard)
             except BackendUnavailable as error:
                 cuts += isinstance(error, _CutOff)
                 wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.5)
@@ -151,11 +156,11 @@ class Wire:
                 await asyncio.sleep(wait)
         raise AssertionError("unreachable")
 
-    async def _once(self, request: Any, timeout: float, name: str) -> dict[str, Any]:
+    async def _once(self, request: Any, timeout: float, name: str, heard: Heard | None) -> dict[str, Any]:
         import httpx
 
         try:
-            answer = await asyncio.wait_for(self._client.send(request), max(timeout, 0.001))
+            answer = await asyncio.wait_for(self._sent(request, heard), max(timeout, 0.001))
         except asyncio.TimeoutError as error:
             raise BackendTimeout(f"the server {self.url} did not answer {name} within its deadline") from error
         except httpx.ConnectError as error:
@@ -175,6 +180,24 @@ class Wire:
         if not isinstance(found, dict):
             raise BackendError(f"expected a JSON object from {self.url} for {name}, got {type(found).__name__} {answer.text[:100]!r}")
         return found
+
+    async def _sent(self, request: Any, heard: Heard | None) -> Any:
+        if heard is None:
+            return await self._client.send(request)
+        import httpx
+
+        answer, last = await self._client.send(request, stream=True), ""
+        try:
+            if answer.status_code != 200:
+                await answer.aread()
+                return answer
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    last = line.removeprefix("data: ")
+                    heard(json.loads(last))
+            return httpx.Response(200, text=last)
+        finally:
+            await answer.aclose()
 
     async def aclose(self) -> None:
         await self._client.aclose()

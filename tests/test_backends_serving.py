@@ -226,3 +226,13 @@ def test_text_that_the_server_would_take_for_a_picture_is_refused(requests: Requ
     prompt = Prompt((11, *[13] * 9, 12, 20), (Picture("x", new("RGB", (84, 84))),))
     with pytest.raises(RequestRefused, match="expected 1 of them, got 2"):
         other.generation(prompt, other.admit(prompt, 1, Sampling()), Sampling())
+
+
+async def test_an_answer_that_comes_in_parts_is_heard_and_its_last_part_counts(flaky: Callable[..., Any]) -> None:
+    events = 'data: {"a": 1}\n\ndata: {"a": 2}\n\ndata: [DONE]\n\n'
+    wire, _ = await flaky((200, events), (503, "later"), (200, events), (200, ""))
+    for _ in range(2):
+        heard = list[dict[str, Any]]()
+        assert await wire.post("/generate", {}, timeout=5.0, heard=heard.append) == {"a": 2} and heard == [{"a": 1}, {"a": 2}]
+    assert await wire.post("/generate", {}, timeout=5.0, heard=heard.append) == {}
+    await wire.aclose()

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from monologue.backends.base import BackendError, BackendUnavailable, RequestRefused
 from monologue.backends.serving.answers import version, whole
-from monologue.backends.wire import Wire
+from monologue.backends.wire import Heard, Wire
 
 Swap = Literal["wait", "midway"]
 ROUTING_KEY = "x-smg-routing-key"
@@ -91,14 +91,16 @@ class Fleet:
                 behind[:] = map(self._new, urls)
         return [await _facts(wire, timeout) for wire in self.wires]
 
-    async def ask(self, affinity: str, body: dict[str, Any]) -> Answer:
-        """The answer of the episode's own server, carrying the weights that it was given. Raises BackendError."""
+    async def ask(self, affinity: str, body: dict[str, Any], heard: Heard | None = None) -> Answer:
+        """The answer of the episode's own server, carrying the weights that it was given; ``heard`` is told of it as it grows. Raises
+        BackendError.
+        """
         wire, behind = self._fronts[_share(affinity, len(self._fronts))]
         for _ in range(RELOADS):
             adapter = self._adapter.version if self._adapter else None
             try:
                 named = body if adapter is None else {**body, "lora_path": adapter}
-                content = await self._posted(wire, behind, affinity, named)
+                content = await self._posted(wire, behind, affinity, named, heard)
             except RequestRefused:
                 if adapter is None or all([adapter in await _adapters(one, self.timeout) for one in behind]):
                     raise
@@ -153,17 +155,18 @@ class Fleet:
         for wire in {*self.wires, *(front for front, _ in self._fronts)}:
             await wire.aclose()
 
-    async def _posted(self, wire: Wire, behind: Sequence[Wire], affinity: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def _posted(self, wire: Wire, behind: Sequence[Wire], affinity: str, body: dict[str, Any], heard: Heard | None) -> dict[str, Any]:
         """A fresh rid for every attempt: aborts match by prefix, and a request that was lost may still run."""
         rids = list[str]()
 
         def named() -> dict[str, Any]:
             rids.append(uuid.uuid4().hex)
-            return {**body, "rid": rids[-1]}
+            return {**body, "rid": rids[-1], **({"stream": True} if heard else {})}
 
         name = f"a generation for {len(body['input_ids'])} ids"
         try:
-            answer = await wire.post("/generate", named, timeout=self.timeout, name=name, headers={ROUTING_KEY: affinity})
+            key = {ROUTING_KEY: affinity}
+            answer = await wire.post("/generate", named, timeout=self.timeout, name=name, headers=key, heard=heard)
         except (asyncio.CancelledError, BackendError):
             await asyncio.shield(asyncio.gather(*(_aborted(one, rids) for one in behind)))
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,19 @@ async def test_a_cancelled_call_frees_its_place_on_the_server(
         await asyncio.sleep(0.2)
     assert running(servers["questioner"].url) == 0
     assert (await served.generate(prompt, GREEDY)).ids
+
+
+async def test_a_generation_can_be_heard_as_it_grows(
+    servers: dict[str, Server], connect: Connect, dialogues: dict[str, list[Prompt]]
+) -> None:
+    for role in ("questioner", "answerer"):
+        served, prompt, parts = connect(servers[role]), dialogues[role][0], list[tuple[int, ...]]()
+        long = Sampling(temperature=0.0, max_tokens=60)
+        heard = await served.generate(prompt, long, heard=parts.append)
+        plain = await served.generate(prompt, long)
+        assert (heard.ids, heard.finish_reason) == (plain.ids, plain.finish_reason) and parts[-1] == heard.ids
+        assert max(abs(a - b) for a, b in zip(heard.logprobs or (), plain.logprobs or (), strict=True)) < 1e-5
+        assert len(parts) > 5 and all(after[: len(before)] == before for before, after in pairwise(parts))
 
 
 async def test_warm_up_and_health_ask_every_server(servers: dict[str, Server], connect: Connect) -> None:
