@@ -77,6 +77,8 @@ def test_scores_give_what_banned_ids_would_have_taken_to_the_others() -> None:
         read_scores(content, (1,), (2, 4), ())
     with pytest.raises(BackendError, match="output_ids"):
         whole({"error": "no"}, "http://x", "1")
+    with pytest.raises(BackendError, match="unfinished after 2"):
+        whole(answer(finish_reason=None), "http://x", "1")
 
 
 @pytest.fixture

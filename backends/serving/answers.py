@@ -60,8 +60,11 @@ def _check_prompt(answer: dict[str, Any], prompt: Sequence[int]) -> None:
 
 def whole(answer: dict[str, Any], url: str, rid: str) -> dict[str, Any]:
     """The answer, if it is one. Raises BackendError."""
-    if not isinstance(answer.get("meta_info"), dict) or not isinstance(answer.get("output_ids"), list):
+    meta = answer.get("meta_info")
+    if not isinstance(meta, dict) or not isinstance(answer.get("output_ids"), list):
         raise BackendError(f"expected output_ids and meta_info from {url} for request {rid}, got keys {sorted(answer)!r}")
+    if not isinstance(meta.get("finish_reason"), dict):
+        raise BackendError(f"the server {url} left request {rid} unfinished after {len(answer['output_ids'])} ids")
     return answer
 
 
