@@ -13,7 +13,7 @@ import pytest
 
 from monologue.agents.load import seat
 from monologue.backends.base import BackendError, Prompt, Sampling
-from monologue.backends.serving.launch import Server, free_port
+from monologue.backends.serving.launch import Server, environment, free_port
 from monologue.graphs.play import aplay
 from monologue.seating import starter
 from monologue.tasks.shapes import Shapes
@@ -57,7 +57,7 @@ async def router(servers: dict[str, Server], second: Server, tmp_path: Path) -> 
     words = ("-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(other))
     workers = ("--policy", "manual", "--assignment-mode", "min_group", "--worker-urls", servers["questioner"].url, second.url)
     with (tmp_path / "router.log").open("wb") as log:
-        process = await asyncio.create_subprocess_exec(str(PYTHON), *words, *workers, stdout=log, stderr=log)
+        process = await asyncio.create_subprocess_exec(str(PYTHON), *words, *workers, stdout=log, stderr=log, env=environment("cpu"))
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
     while time.monotonic() < deadline and len(await asyncio.to_thread(workers_of, url)) < 2:
         assert process.returncode is None, (tmp_path / "router.log").read_text()
