@@ -84,6 +84,11 @@ class Fleet:
         """Every server, none twice."""
         return list({wire.url: wire for _, behind in self._fronts for wire in behind}.values())
 
+    @property
+    def _named(self) -> str | None:
+        """The adapter that requests name."""
+        return self._adapter.version if self._adapter else None
+
     async def facts(self, timeout: float) -> list[dict[str, Any]]:
         """What each server says about itself; those behind a router are found here. Raises BackendError."""
         for front, behind in self._fronts:
@@ -97,7 +102,7 @@ class Fleet:
         """
         wire, behind = self._fronts[_share(affinity, len(self._fronts))]
         for _ in range(RELOADS):
-            adapter = self._adapter.version if self._adapter else None
+            adapter = self._named
             try:
                 named = body if adapter is None else {**body, "lora_path": adapter}
                 content = await self._posted(wire, behind, affinity, named, heard)
@@ -105,14 +110,16 @@ class Fleet:
                 if adapter is None or all([adapter in await _adapters(one, self.timeout) for one in behind]):
                     raise
             else:
+                if adapter != self._named:  # an adapter that was dropped meanwhile is loaded again by a request that names it
+                    continue
                 found = version(content["meta_info"].get("weight_version"))
                 if found in self._welcome or not self._welcome:
                     self._check_steady(affinity, found, wire)
                     return Answer(content, wire.url, adapter)
             for one in behind:
                 await self._give_back(one)
-        told = self._weights or self._adapter
-        raise BackendUnavailable(f"the server {wire.url} keeps losing {told.version if told else None!r}; look into its log")
+        told = self._named or (self._weights.version if self._weights else None)
+        raise BackendUnavailable(f"the server {wire.url} keeps losing {told!r}; look into its log")
 
     async def load(self, loaded: Loaded, swap: Swap) -> None:
         """Full weights to every server; an adapter on the old ones is dropped. Raises BackendError."""
