@@ -50,6 +50,13 @@ class Eyes:
             self._rooms[image.size] = Placeholders((frames, high, wide), frames * high * wide // merge**2)
         return self._rooms[image.size]
 
+    def fitted(self, image: Image) -> Image:
+        """The picture as the processor resizes it, ready to be cut into patches."""
+        assert self._processor is not None
+        _, high, wide = self.placeholders(image).grid
+        patch = int(self._processor.patch_size)
+        return image.convert("RGB").resize((wide * patch, high * patch), self._processor.resample)
+
     def pixels(self, images: Sequence[Image]) -> tuple[Tensor, Tensor]:
         """Patches of all pictures, one after another (N, values), and their grids (pictures, 3)."""
         assert self._processor is not None

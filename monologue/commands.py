@@ -71,6 +71,8 @@ def play(options: argparse.Namespace) -> int:
             score=task.score,
             progress=not options.live,
             resume=not options.no_resume,
+            deadline=options.deadline,
+            retries=options.retries,
             config=config_of(options),
             listener=listener,
             capture=options.capture,
@@ -134,6 +136,8 @@ def report(summary: Summary, out: Path, options: argparse.Namespace) -> None:
         console.print(f"failed: {episode.problem_id}: {escape(clean(episode.error or 'unknown'))}")
     kept = f", {summary.skipped} of them from before" if summary.skipped else ""
     console.print(f"{summary.ok} episodes ended well{kept}, {len(summary.failed)} failed")
+    if cached := summary.cached():
+        console.print("prompt tokens from cache, by turn: " + ", ".join(f"{turn + 1}: {share:.0%}" for turn, share in cached.items()))
     console.print(f"trace: {escape(str(out))}", soft_wrap=True)
     console.print(f"look:  monologue view {escape(str(out))}", soft_wrap=True)
     console.print(f"check: monologue verify {escape(str(out))}", soft_wrap=True)

@@ -40,21 +40,8 @@ def starter(role: str, graph: str = "monologue") -> Path:
 
 def config_of(options: argparse.Namespace) -> dict[str, Any]:
     """The options as they stand in run.json, with the command and the version."""
-    left_out = (
-        "run",
-        "out",
-        "verb",
-        "json",
-        "live",
-        "no_resume",
-        "concurrency",
-        "n",
-        "samples",
-        "otlp",
-        "protocol",
-        "project",
-        "processes",
-    )
+    how = ("concurrency", "deadline", "retries", "processes", "otlp", "protocol", "project")
+    left_out = ("run", "out", "verb", "json", "live", "no_resume", "n", "samples", *how)
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items() if key not in left_out}
     if getattr(options, "capture", "all") == "shape" and options.image is not None:
         plain |= {"image": None, "question": None, "choices": None}
