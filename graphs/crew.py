@@ -12,7 +12,6 @@ Left out: policies on servers, which serve many episodes from one process as it 
 
 from __future__ import annotations
 
-import _thread
 import asyncio
 import concurrent.futures
 import contextlib
@@ -20,7 +19,7 @@ import gc
 import multiprocessing
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from typing import Any
 
 from monologue.agents.policy import close
 from monologue.graphs.oracle import Seat
-from monologue.graphs.play import play
+from monologue.graphs.play import aplay
 from monologue.graphs.state import GraphError
 from monologue.graphs.summary import Played, Summary, progress_bar
 from monologue.tasks.base import Problem
@@ -81,18 +80,22 @@ def _ready() -> None:
 
 
 def _part(graph: str, problems: Sequence[Problem], run: Path, part: tuple[int, int], options: dict[str, Any]) -> Summary:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=_interrupt, args=(Here.line.stop,), daemon=True).start()
-    try:
-        return play(graph, problems, Here.seats, run, part=part, progress=False, ended=Here.line.ended.put, **options)
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return asyncio.run(_stoppable(aplay(graph, problems, Here.seats, run, part=part, progress=False, ended=Here.line.ended.put, **options)))
 
 
-def _interrupt(stop: Any) -> None:
-    """As Ctrl-C does: what is under way is recorded as cancelled."""
-    stop.wait()
-    _thread.interrupt_main()
+async def _stoppable(playing: Coroutine[Any, Any, Summary]) -> Summary:
+    """Cancelled as Ctrl-C would: what is under way is recorded so."""
+    task, loop = asyncio.ensure_future(playing), asyncio.get_running_loop()
+
+    def watch() -> None:
+        while not task.done():
+            if Here.line.stop.wait(0.2):
+                with contextlib.suppress(RuntimeError):  # it ended meanwhile
+                    loop.call_soon_threadsafe(task.cancel)
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    return await task
 
 
 def _end() -> None:
