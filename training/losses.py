@@ -112,10 +112,11 @@ def gae(rewards: Tensor, values: Tensor, unit: Tensor, discount: float = 1.0, de
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """(S,) mean 0 and standard deviation 1 over what the mask holds; 0.0 elsewhere, and everywhere where there is no spread."""
+    """(S,) mean 0 and standard deviation 1 (with n - 1) over what the mask holds, 0.0 elsewhere; zeros where there are not two."""
     kept = values[mask > 0]
-    spread = kept.std(correction=0) if len(kept) > 1 else values.new_zeros(())
-    return torch.where(mask > 0, (values - kept.mean()) / spread, 0.0) if spread > 0 else torch.zeros_like(values)
+    if len(kept) < 2:
+        return torch.zeros_like(values)
+    return torch.where(mask > 0, (values - kept.mean()) * (kept.var() + 1e-8).rsqrt(), 0.0)
 
 
 def per_unit(values: Tensor, mask: Tensor, unit: Tensor) -> Tensor:

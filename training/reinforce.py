@@ -206,6 +206,7 @@ class _Reinforcement:
             "lr_scheduler_type": "constant_with_warmup",
             "warmup_steps": recipe.warmup,
             "max_grad_norm": recipe.clip,
+            "adam_beta2": 0.99,
             "ignore_data_skip": True,
             "logging_strategy": "no",
             "save_strategy": "steps",
