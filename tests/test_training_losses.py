@@ -1,7 +1,7 @@
-"""Losses and advantages equal what TRL and verl publish, written out here anew; estimators find the exact gradient; gradients are gradients.
+"""Losses and advantages equal what TRL and verl publish, written out here anew; estimators find the exact gradient.
 
-The others work on tables (B, T) with a mask, ours on sampled ids in a row (S,); ``flat`` and ``unit`` go from one to the other. Their own code is
-compared in ``tests_real/test_trainers.py``.
+The others work on tables (B, T) with a mask, ours on sampled ids in a row (S,); ``flat`` goes from one to the other. Their own code
+is compared in ``tests_real/test_trainers.py``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ def tables(seed: int) -> dict[str, Tensor]:
     mask[:, 0] = 1
     old = -draw(B, T).abs()
     return {
-        **{"mask": mask, "old": old, "new": old + 0.5 * draw(B, T), "behaviour": old + 0.3 + 0.4 * draw(B, T), "reference": old + draw(B, T)},
+        **{
+            "mask": mask,
+            "old": old,
+            "new": old + 0.5 * draw(B, T),
+            "behaviour": old + 0.3 + 0.4 * draw(B, T),
+            "reference": old + draw(B, T),
+        },
         **{"advantage": draw(B, 1).expand(B, T), "reward": draw(B, T) * mask, "value": draw(B, T), "value_now": draw(B, T)},
     }
 

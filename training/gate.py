@@ -12,6 +12,7 @@ a policy that learns to be right becomes sure.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -20,6 +21,8 @@ from monologue.training.rows import Piece, Row
 
 TOLERANCE = 1e-4
 """Nats, for float32 on one machine."""
+CERTAIN = 0.05
+"""Nats an id; who is as sure as this has no exploration to lose."""
 
 
 class GateError(ValueError):
@@ -86,11 +89,18 @@ class Guards(BaseModel):
             if limit is not None and name in now and sign * (now[name] - limit) > 0:
                 side = "above" if sign > 0 else "below"
                 raise GateError(f"the guard {name!r} fired: {now[name]:.3g} is {side} {limit:.3g}; {_ADVICE[name]}")
-        if self.entropy is not None and len(history) >= self.window:
-            then = history[-self.window]
-            if now["entropy"] < self.entropy * then["entropy"] and now["reward"] <= then["reward"]:
-                fell = f"entropy fell from {then['entropy']:.3g} to {now['entropy']:.3g} nats an id in {self.window} iterations"
-                raise GateError(f"the guard 'entropy' fired: {fell} while reward did not rise; {_ADVICE['entropy']}")
+        if self.entropy is not None and len(history) >= self.window + self.window // 4:
+            self._collapse([*history, now])
+
+    def _collapse(self, lines: Sequence[Mapping[str, float]]) -> None:
+        """Means over a quarter of the window, since one batch is noisy."""
+        few = max(1, self.window // 4)
+        ends = lines[-few - self.window : -self.window], lines[-few:]
+        (then, now), (before, after) = ([fmean(line[name] for line in end) for end in ends] for name in ("entropy", "reward"))
+        if then >= CERTAIN and now < (self.entropy or 0) * then and after <= before:
+            fell = f"entropy fell from {then:.3g} to {now:.3g} nats an id in {self.window} iterations"
+            fell += f" while reward went from {before:.3g} to {after:.3g}"
+            raise GateError(f"the guard 'entropy' fired: {fell}; {_ADVICE['entropy']}")
 
 
 _ADVICE = {
