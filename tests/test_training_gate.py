@@ -69,7 +69,7 @@ def test_every_loss_is_refused_and_named(run: Path) -> None:
         ((-7.0, *piece.logprobs[:-1]), "off by one"),
         (tuple(value - 0.01 for value in piece.logprobs), "0.01 nats"),
         ((float("nan"), *piece.logprobs[1:]), "inf nats"),
-        (None, "imitate it instead"),
+        (None, "no ratio can be formed"),
     ):
         with pytest.raises(GateError, match=f"span {piece.span_id}.*{word}"):
             gate([*rows[:3], changed(rows[3], logprobs), *rows[4:]], found, version)

@@ -149,7 +149,6 @@ def test_awr_and_filter_weigh_by_what_was_earned() -> None:
     nothing = torch.full((4,), math.nan, dtype=torch.float64)
     batch = Experience(torch.tensor([1.0, 1.0, -1.0, -1.0]).double(), earned, ones, unit, nothing, -ones, ones > 0)
     assert Filter(least=1.0).weigh(batch, 0.0).coefficients.tolist() == [1, 1, 0, 0]
-    assert Filter(least=1.0).weigh(batch, 0.0).masked == 0.5
     spread = math.sqrt(4 / 3)
     expected = [math.exp(1 / spread / 0.5), math.exp(-1 / spread / 0.5)]
     found = Awr(temperature=0.5).weigh(batch, 0.0).coefficients

@@ -40,9 +40,9 @@ def gate(rows: Sequence[Row], logprobs: Sequence[Tensor], version: str, toleranc
         start = 0
         for piece in row.pieces:
             stop = start + piece.stop - piece.start
+            if piece.logprobs is None:
+                raise GateError(f"span {piece.span_id} holds no log-probs, so no ratio can be formed; take 'awr' or 'filter', or imitate")
             if piece.weights_version == version and stop > start:
-                if piece.logprobs is None:
-                    raise GateError(f"span {piece.span_id} holds no log-probs, so no policy gradient can be taken; imitate it instead")
                 old, new = found.new_tensor(piece.logprobs), found[start:stop]
                 worst = float((old - new).abs().max())
                 gaps.append((worst if worst == worst else float("inf"), piece, old, new))

@@ -268,7 +268,7 @@ class Filter(Base):
     def weigh(self, batch: Experience, penalty: float) -> Weighed:
         earned = losses.per_unit(batch.rewards, torch.ones_like(batch.mask), batch.unit)
         kept = (earned >= self.least).to(batch.mask)
-        return Weighed(batch.mask * kept, None, _lost(kept, batch.mask))
+        return Weighed(batch.mask * kept)
 
 
 Objective: TypeAlias = Annotated[Grpo | Ppo | Topr | Awr | Filter, Field(discriminator="name")]

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from monologue.backends.checkpoints import save_checkpoint
-from monologue.traces.store import RunWriter
+from monologue.traces.store import RunWriter, read_info
 from monologue.training import credit
 from monologue.training.collate import Batch, Collate
 from monologue.training.experience import Lesson, Micro, deal, lessons, over
@@ -76,6 +76,7 @@ class _Reinforcement:
         self.policies = Policies(learners, recipe.trained if recipe.objective.critic else ())
         self.reference = Policies({role: _again(learner, recipe) for role, learner in learners.items()}) if recipe.reference else None
         self.report, self.averages, self.penalty = Report(out, recipe.iterations), credit.Averages(), recipe.objective.penalty
+        self.run_id = str(read_info(out)["run_id"])[:8]
         self.facts: dict[str, Any] = {}
         self.held: list[float] = []
         self.trainer = StreamTrainer(self.policies, self._groups(), self, self._loss, self._settings(more), callbacks=[_Closing(self)])
@@ -98,9 +99,9 @@ class _Reinforcement:
         return self.report.history
 
     def version(self, role: str, iteration: int) -> str:
-        """Name of a role's weights as they are when an iteration begins."""
+        """Name of a role's weights as they are when an iteration begins; no other run has the same, so that logs may be mixed."""
         updates = self.recipe.updates(role, iteration)
-        return f"v{updates}" if updates else self.learners[role].checkpoint.version
+        return f"v{updates}.{self.run_id}" if updates else self.learners[role].checkpoint.version
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Micro-batches from the present iteration on, made when they are asked for."""
