@@ -93,7 +93,7 @@ class Rollouts:
     def _endless(self) -> Iterator[Problem]:
         while True:
             empty = True
-            for problem in self.task.problems(self.recipe.split, None, 0):
+            for problem in self.task.problems(self.recipe.split, None, self.recipe.seed):
                 empty = False
                 yield problem
             if empty:
@@ -104,12 +104,9 @@ def seated(recipe: Reinforcement) -> dict[str, Policy]:
     """The policies of a recipe in this process. Raises BackendError, CodecError."""
     found = {}
     for role in find(recipe.graph).roles:
-        hot = role in recipe.trained
-        facts = {"temperature": recipe.temperature, "top_p": recipe.top_p} if hot else {"temperature": 0.0}
-        sampling = Sampling(max_tokens=recipe.max_tokens, **facts)
-        found[role] = load_policy(
-            source_of(recipe, role), role, sampling=sampling, policy_id=role, max_batch=TOGETHER, device=recipe.device
-        )
+        heat, nucleus = (recipe.temperature, recipe.top_p) if role in recipe.trained else (0.0, 1.0)
+        sampling, source = Sampling(heat, nucleus, max_tokens=recipe.max_tokens), source_of(recipe, role)
+        found[role] = load_policy(source, role, sampling=sampling, policy_id=role, max_batch=TOGETHER, device=recipe.device)
     return found
 
 

@@ -163,9 +163,6 @@ def write(run: RunWriter, rows: Sequence[Row], advantages: Mapping[str, float], 
         known = {note.span_id for note in row.rewards if note.name == NAME}
         for piece in row.pieces:
             if piece.span_id in advantages and piece.span_id not in known:
-                run.annotate(
-                    Annotation(
-                        **{"episode_id": row.episode_id, "span_id": piece.span_id, "name": NAME, "value": advantages[piece.span_id]},
-                        **{"text": None, "weight": 0.0, "scope": "turn", "role": row.role, "source": source, "created_ns": time.time_ns()},
-                    )
-                )
+                note = {"episode_id": row.episode_id, "span_id": piece.span_id, "name": NAME, "value": advantages[piece.span_id]}
+                place = {"text": None, "weight": 0.0, "scope": "turn", "role": row.role, "source": source, "created_ns": time.time_ns()}
+                run.annotate(Annotation.model_validate({**note, **place}))

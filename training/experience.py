@@ -70,7 +70,7 @@ def over(rows: Sequence[Row], collate: Collate, run: Pass, size: int) -> list[li
         found = found or [[torch.empty(0)] * len(rows) for _ in outputs]
         for kept, values in zip(found, outputs, strict=True):
             lengths = [_sampled(rows[place]) for place in places]
-            for place, part in zip(places, values.double().cpu().split(lengths), strict=True):
+            for place, part in zip(places, torch.split(values.double().cpu(), lengths), strict=True):
                 kept[place] = part
     return found
 
@@ -96,7 +96,7 @@ def lessons(
     batch = _experience(rows, advantages, rewards, seen, version)
     weighed = objective.weigh(batch, penalty)
     facts |= {"masked": weighed.masked, "effective": weighed.effective, "entropy": _mean(torch.cat(list(seen["entropy"])), batch.mask)}
-    facts["streams"] = float(len(batch.unit.unique()))
+    facts["streams"] = float(batch.unit.max() + 1)
     if batch.reference is not None:
         facts["kl"] = float(((batch.old - batch.reference) * batch.mask).sum()) / facts["streams"]
     if batch.values is not None and weighed.targets is not None:
@@ -122,7 +122,9 @@ def _experience(
                 columns.append((advantages.get(piece.span_id, 0.0), earned, float(free and whole), unit, value, fresh))
     table = torch.tensor(columns, dtype=torch.float64)  # (S, 6)
     return Experience(
-        *(table[:, axis] for axis in range(3)),
+        advantages=table[:, 0],
+        rewards=table[:, 1],
+        mask=table[:, 2],
         unit=table[:, 3].long(),
         behaviour=table[:, 4],
         old=torch.cat(list(seen["old"])),
@@ -167,13 +169,14 @@ _FIELDS = ("coefficients", "old", "mask", "reference", "values", "targets")
 
 def _split(whole: Part, lengths: Sequence[int]) -> list[Part]:
     columns: list[Any] = [getattr(whole, name) for name in _FIELDS]
-    cut = [[None] * len(lengths) if column is None else column.split(list(lengths)) for column in columns]
+    cut = [[None] * len(lengths) if column is None else torch.split(column, list(lengths)) for column in columns]
     return [Part(*fields) for fields in zip(*cut, strict=True)]
 
 
 def _join(parts: Sequence[Part]) -> Part:
     columns: list[Any] = [[getattr(part, name) for part in parts] for name in _FIELDS]
-    return Part(*(None if column[0] is None else torch.cat(column) for column in columns))
+    joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
+    return Part(*joined)
 
 
 def _mean(values: Tensor, mask: Tensor) -> float:

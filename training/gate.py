@@ -72,15 +72,15 @@ class Guards(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    drift: float | None = Field(0.02, gt=0)
+    drift: float | None = Field(default=0.02, gt=0)
     """Mean |log p_old - log p_behaviour| of one and the same weights, in nats."""
-    entropy: float | None = Field(0.5, gt=0, lt=1)
+    entropy: float | None = Field(default=0.5, gt=0, lt=1)
     """Entropy may not fall to this share of what it was ``window`` iterations ago, unless reward has risen."""
-    window: int = Field(20, ge=1)
+    window: int = Field(default=20, ge=1)
     """Iterations."""
-    effective: float | None = Field(0.3, gt=0, lt=1)
+    effective: float | None = Field(default=0.3, gt=0, lt=1)
     """Smallest effective sample size of the importance weights, as a share."""
-    masked: float | None = Field(0.3, gt=0, lt=1)
+    masked: float | None = Field(default=0.3, gt=0, lt=1)
     """Largest share of ids that corrections may leave out."""
 
     def check(self, history: Sequence[Mapping[str, float]], now: Mapping[str, float]) -> None:

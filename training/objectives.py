@@ -19,7 +19,7 @@ Shapes: S sampled ids.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -90,8 +90,9 @@ class Part:
 
     def to(self, device: torch.device) -> Part:
         """The same on another device."""
-        moved = (getattr(self, name) for name in self.__dataclass_fields__)
-        return Part(*(None if one is None else one.to(device) for one in moved))
+        here: list[Any] = [getattr(self, name) for name in self.__dataclass_fields__]
+        moved: list[Any] = [None if one is None else one.to(device) for one in here]
+        return Part(*moved)
 
 
 class Base(BaseModel):
@@ -127,11 +128,11 @@ class Base(BaseModel):
 
 
 class _Clipped(Base):
-    low: float = Field(0.2, gt=0, lt=1)
+    low: float = Field(default=0.2, gt=0, lt=1)
     """The ratio may fall by this."""
-    high: float = Field(0.28, gt=0)
+    high: float = Field(default=0.28, gt=0)
     """The ratio may rise by this."""
-    dual: float | None = Field(3.0, gt=1)
+    dual: float | None = Field(default=3.0, gt=1)
     """Floor of negative terms, in multiples of their coefficient."""
 
     def held(self, new: Tensor, part: Part) -> float:
@@ -145,11 +146,11 @@ class Grpo(_Clipped):
     """Group-relative policy optimisation as it is practised now: no critic, no division by the standard deviation, token mean."""
 
     name: Literal["grpo"] = "grpo"
-    cap: float | None = Field(2.0, gt=0)
+    cap: float | None = Field(default=2.0, gt=0)
     """Importance ratios of stale ids are truncated here; None: stale ids are taken as if they were fresh."""
-    delta: float | None = Field(0.5, gt=0)
+    delta: float | None = Field(default=0.5, gt=0)
     """A blamed sequence that has become less likely than this (nats an id) is left out; None: never."""
-    kl: float = Field(0.0, ge=0)
+    kl: float = Field(default=0.0, ge=0)
     """Weight of the KL to the weights that training started from (k3), in the loss."""
 
     @property
@@ -176,23 +177,23 @@ class Ppo(_Clipped):
     """Proximal policy optimisation with a critic, as IMMO trains; loss, values and KL fall on sampled ids alone."""
 
     name: Literal["ppo"] = "ppo"
-    high: float = Field(0.2, gt=0)
+    high: float = Field(default=0.2, gt=0)
     """The ratio may rise by this."""
     dual: float | None = None
     """Floor of negative terms, in multiples of their coefficient; None: none, as IMMO."""
-    discount: float = Field(1.0, gt=0, le=1)
+    discount: float = Field(default=1.0, gt=0, le=1)
     """Of later rewards, per sampled id."""
-    decay: float = Field(0.95, ge=0, le=1)
+    decay: float = Field(default=0.95, ge=0, le=1)
     """Lambda of GAE."""
-    value: float = Field(0.1, ge=0)
+    value: float = Field(default=0.1, ge=0)
     """Weight of the critic's loss."""
-    value_clip: float = Field(0.2, gt=0)
+    value_clip: float = Field(default=0.2, gt=0)
     """A value may move by this in an update."""
-    kl: float = Field(0.2, ge=0)
+    kl: float = Field(default=0.2, ge=0)
     """Price of a nat of KL to the start, taken off each id's reward."""
-    target: float | None = Field(6.0, gt=0)
+    target: float | None = Field(default=6.0, gt=0)
     """Nats of KL a sequence that the price is adapted to; None: the price stays."""
-    horizon: float = Field(10_000, gt=0)
+    horizon: float = Field(default=10_000, gt=0)
     """Sequences over which the price adapts."""
     whitened: bool = True
     """Advantages are brought to mean 0 and deviation 1."""
@@ -241,9 +242,9 @@ class Awr(Base):
     """Advantage-weighted regression; advantages are whitened first, so that the temperature has a meaning."""
 
     name: Literal["awr"] = "awr"
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Smaller is greedier."""
-    cap: float = Field(20.0, gt=0)
+    cap: float = Field(default=20.0, gt=0)
     """Largest weight."""
 
     @property

@@ -21,7 +21,7 @@ class Reinforcement(BaseModel):
     """The stage."""
     trained: list[str] = Field(default=["questioner"], min_length=1)
     """Roles whose weights move; the others stay as they are."""
-    alternate: int = Field(0, ge=0)
+    alternate: int = Field(default=0, ge=0)
     """The trained roles take turns of so many iterations; 0: all move at once."""
     questioner: str = "starter"
     """Checkpoint to begin with: a folder, a Hub name, or ``starter``."""
@@ -30,7 +30,7 @@ class Reinforcement(BaseModel):
 
     runs: list[str] = []
     """Folders of logged runs to learn from. Empty: play, with the weights as they are trained."""
-    rows: int = Field(64, ge=1)
+    rows: int = Field(default=64, ge=1)
     """Offline: rows an iteration."""
     task: str = "shapes"
     """Online: what is played."""
@@ -40,51 +40,51 @@ class Reinforcement(BaseModel):
     """Question families separated by commas; empty: all."""
     graph: str = "monologue"
     """Online: the graph."""
-    first: int = Field(0, ge=0)
+    first: int = Field(default=0, ge=0)
     """Number of the first problem, so that a run meets other problems than its prior did."""
-    problems: int = Field(16, ge=1)
+    problems: int = Field(default=16, ge=1)
     """Online: problems an iteration."""
-    samples: int = Field(4, ge=1)
+    samples: int = Field(default=4, ge=1)
     """Online: episodes a problem; a group."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Online: of the trained roles' sampling; the others are greedy."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     """Online: nucleus of the trained roles' sampling."""
-    max_tokens: int = Field(64, ge=1)
+    max_tokens: int = Field(default=64, ge=1)
     """Online: sampled ids a turn at most."""
-    max_turns: int = Field(8, ge=1)
+    max_turns: int = Field(default=8, ge=1)
     """Online: actions of the concluding seat at most."""
-    examine_every: int = Field(0, ge=0)
+    examine_every: int = Field(default=0, ge=0)
     """Online: every so many iterations all seats are examined, greedy, on the validation split; 0: never."""
-    examine: int = Field(200, ge=1)
+    examine: int = Field(default=200, ge=1)
     """Problems of an examination."""
 
     objective: Objective = Grpo()
     """What is maximised, with its settings."""
     credit: Kind = "team"
     """Whose reward praises whom."""
-    share: float = Field(1.0, ge=0, le=1)
+    share: float = Field(default=1.0, ge=0, le=1)
     """Of the episode's reward, with ``per_role``."""
-    discount: float = Field(1.0, gt=0, le=1)
+    discount: float = Field(default=1.0, gt=0, le=1)
     """Of later turns' rewards, with ``turn``."""
     rewards: dict[str, float] = {}
     """Weights of further rewards by name, beside the task's own score."""
 
-    iterations: int = Field(100, ge=1)
+    iterations: int = Field(default=100, ge=1)
     """Batches of experience."""
-    passes: int = Field(1, ge=1)
+    passes: int = Field(default=1, ge=1)
     """Over each batch."""
-    minibatches: int = Field(1, ge=1)
+    minibatches: int = Field(default=1, ge=1)
     """Optimizer steps a pass."""
-    accumulation: int = Field(1, ge=1)
+    accumulation: int = Field(default=1, ge=1)
     """Micro-batches a step; changes memory, not the result."""
-    forward_rows: int = Field(64, ge=1)
+    forward_rows: int = Field(default=64, ge=1)
     """Rows at once where no gradient is taken."""
     lr: float | dict[str, float] = 3e-4
     """Learning rate of AdamW, or one for each trained role."""
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises; then it stays."""
-    clip: float = Field(1.0, ge=0)
+    clip: float = Field(default=1.0, ge=0)
     """Largest gradient norm of a role; 0: any."""
     reference: bool = True
     """Keep the weights of the start, to measure the KL to them."""
@@ -94,14 +94,14 @@ class Reinforcement(BaseModel):
     """Where trained weights live."""
     seed: int = 0
     """Of problems, sampling and the order of rows."""
-    save_every: int = Field(20, ge=1)
+    save_every: int = Field(default=20, ge=1)
     """Iterations between checkpoints to resume from."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """Versions of played weights that stay on disk; 'monologue verify' can replay these."""
 
-    tolerance: float = Field(TOLERANCE, gt=0)
+    tolerance: float = Field(default=TOLERANCE, gt=0)
     """Largest difference of log-probs that the gate lets pass, in nats."""
-    proof: int = Field(64, ge=0)
+    proof: int = Field(default=64, ge=0)
     """Offline: calls that are replayed before the first step; 0: none, where the weights that sampled are gone."""
     guards: Guards = Guards()
     """Rules that end a run gone wrong."""

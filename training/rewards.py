@@ -69,7 +69,7 @@ def judged(judge: Callable[[str, str, str | None], float]) -> Reward:
     return reward
 
 
-REWARDS: dict[str, Reward] = {one.__name__: one for one in (solved, concluded, well_formed, questions, tokens, repeats)}  # type: ignore[attr-defined]
+REWARDS: dict[str, Reward] = {one.__name__: one for one in (solved, concluded, well_formed, questions, tokens, repeats)}
 """Rewards that recipes name."""
 
 
