@@ -150,13 +150,18 @@ def test_recipes_refuse_what_cannot_be_honoured() -> None:
     )
 
 
-def command(out: Path, *more: str) -> list[str]:
-    settings = {**SMALL, "iterations": 6, "save_every": 2, "passes": 2}
-    words = [sys.executable, "-m", "monologue", "train", "reinforce", "reinforce", "--out", str(out), *more]
+def command(out: Path, *more: str, launcher: tuple[str, ...] = (), **own: Any) -> list[str]:
+    settings = {**SMALL, "iterations": 6, "save_every": 2, "passes": 2, **own}
+    words = [sys.executable, *launcher, "-m", "monologue", "train", "reinforce", "reinforce", "--out", str(out), *more]
     for key, value in settings.items():
-        text = json.dumps(value) if not isinstance(value, dict) else "{ entropy = 1e-9 }"
-        words += ["--set", f"{key}={text}"]
-    return [*words, "--set", 'objective={ name = "ppo", kl = 0.05 }', "--set", "rewards={ questions = -0.05 }"]
+        words += [] if isinstance(value, dict) else ["--set", f"{key}={json.dumps(value)}"]
+    tables = ('objective={ name = "ppo", kl = 0.05 }', "rewards={ questions = -0.05, tokens = -0.02 }", "guards={ entropy = 1e-9 }")
+    return [*words, *(word for table in tables for word in ("--set", table))]
+
+
+def surroundings() -> dict[str, Any]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {"env": environment, "cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
 
 def losses(out: Path) -> list[Any]:
@@ -166,9 +171,20 @@ def losses(out: Path) -> list[Any]:
     return [[line[name] for name in ("losses", "reward", "kl", "entropy", "penalty", "explained")] for line in lines]
 
 
+def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
+    """Only the first plays and writes; each learns from its share of the rows; gradients meet over gloo."""
+    own = {"iterations": 2, "dtype": "float64", "tolerance": 1e-3, "minibatches": 2}
+    for name, launcher in (("one", ()), ("two", ("-m", "torch.distributed.run", "--nproc-per-node", "2"))):
+        done = subprocess.run(command(tmp_path / name, launcher=launcher, **own), **surroundings())
+        assert done.returncode == 0, done.stderr.decode()
+    for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert one[0] == pytest.approx(two[0], abs=1e-6) and one[1:] == pytest.approx(two[1:], abs=1e-6) and len(one[0]) == 4
+    apart = gap(tmp_path / "one" / "questioner", tmp_path / "two" / "questioner")
+    assert apart < 1e-6 < 1e-5 < gap(tmp_path / "one" / "questioner", starter("questioner"))
+
+
 def test_a_killed_run_goes_on_with_the_same_losses_to_the_last_bit(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    options: dict[str, Any] = {"env": environment, "cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    options = surroundings()
     whole = subprocess.run(command(tmp_path / "whole"), **options)
     assert whole.returncode == 0, whole.stderr.decode()
     killed = subprocess.Popen(command(tmp_path / "killed"), **options)

@@ -20,6 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -62,7 +64,9 @@ def reinforce(
         raise RecipeError(f"unknown rewards {', '.join(unknown)}; choose from {', '.join(sorted(REWARDS))}")
     if bool(recipe.runs) == (stage is not None):
         raise RecipeError("expected either runs to learn from or a stage to play on, got " + ("both" if recipe.runs else "neither"))
-    RunWriter(out, {"recipe": recipe.model_dump(mode="json")}, resume=resume).close()
+    process = PartialState(cpu=recipe.device == "cpu")
+    with process.main_process_first():
+        RunWriter(out, {"recipe": recipe.model_dump(mode="json")}, resume=resume or not process.is_main_process).close()
     return _Reinforcement(recipe, Path(out), learners, stage, more).train(latest(Path(out) / STATE) if resume else None)
 
 
@@ -75,7 +79,8 @@ class _Reinforcement:
         self.recipe, self.out, self.learners = recipe, out, dict(learners)
         self.policies = Policies(learners, recipe.trained if recipe.objective.critic else ())
         self.reference = Policies({role: _again(learner, recipe) for role, learner in learners.items()}) if recipe.reference else None
-        self.report, self.averages, self.penalty = Report(out, recipe.iterations), credit.Averages(), recipe.objective.penalty
+        self.report = Report(out, recipe.iterations, PartialState().is_main_process)
+        self.averages, self.penalty = credit.Averages(), recipe.objective.penalty
         self.run_id = str(read_info(out)["run_id"])[:8]
         self.facts: dict[str, Any] = {}
         self.held: list[float] = []
@@ -94,7 +99,7 @@ class _Reinforcement:
             self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if isinstance(self.source, Played):
             self.source.push(self.recipe.iterations)
-        for role, learner in self.learners.items():
+        for role, learner in self.learners.items() if self.trainer.args.should_save else ():
             save_checkpoint(learner.checkpoint, self.out / role)
         return self.report.history
 
@@ -171,7 +176,8 @@ class _Reinforcement:
             prefix = f"{role} " if len(self.recipe.trained) > 1 else ""
             if f"{prefix}kl" in self.facts:
                 self.penalty = objective.adapted(self.penalty, self.facts[f"{prefix}kl"], int(self.facts[f"{prefix}streams"]))
-        self.facts |= {"losses": self.trainer.lost, "loss": math.fsum(self.trainer.lost) / len(self.trainer.lost)}
+        lost = self.trainer.accelerator.reduce(torch.tensor(self.trainer.lost, dtype=torch.float64), "sum").tolist()
+        self.facts |= {"losses": lost, "loss": math.fsum(lost) / len(lost)}
         self.facts |= {"clipped": math.fsum(self.held) / len(self.held), "penalty": self.penalty, "averages": dict(self.averages.means)}
         self.trainer.lost = []
         self.report.add(self.facts)
@@ -181,7 +187,7 @@ class _Reinforcement:
     def _examined(self, iteration: int) -> dict[str, float]:
         assert isinstance(self.source, Played)
         self.source.push(iteration)
-        return self.source.stage.examine(iteration)
+        return self.source.stage.examine(iteration) if self.trainer.args.should_save else {}
 
     def _collate(self, role: str) -> Collate:
         return Collate(self.learners[role].inputs, self.source.picture)
@@ -215,6 +221,7 @@ class _Reinforcement:
             "save_total_limit": 2,
             "disable_tqdm": True,
             "use_cpu": recipe.device == "cpu",
+            "ddp_find_unused_parameters": len(recipe.trained) > 1,
         }
         steps, lr = recipe.iterations * recipe.steps, max(recipe.rate(role) for role in recipe.trained)
         return arguments(self.out / STATE, steps=steps, batch=1, lr=lr, seed=recipe.seed, **{**own, **more})

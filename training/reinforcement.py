@@ -127,6 +127,8 @@ class Reinforcement(BaseModel):
             raise ValueError(f"the objective {self.objective.name!r} with kl={self.objective.penalty!r} needs reference=true")
         playing = {"problems", "samples", "temperature", "top_p", "max_tokens", "max_turns", "examine_every", "families", "graph", "task"}
         useless = sorted((playing if self.runs else {"rows", "proof"}) & self.model_fields_set)
+        if self.runs and self.objective.name == "ppo":
+            raise ValueError("ppo needs fresh episodes; for logged runs take grpo, topr, awr or filter")
         if useless:
             raise ValueError(f"{', '.join(useless)} {'belong to playing, but runs are given' if self.runs else 'belong to logged runs'}")
         return self

@@ -21,25 +21,28 @@ SHOWN = ("reward", "score", "kl", "entropy", "turns", "clipped", "examined")
 class Report:
     """Lines on disk and a bar; silent where standard error is no terminal."""
 
-    def __init__(self, run: Path, total: int) -> None:
-        self._file, self._total = run / FILE, total
+    def __init__(self, run: Path, total: int, main: bool = True) -> None:
+        """``main`` is False in processes that do not write."""
+        self._file, self._total, self._main = run / FILE, total, main
         self.history: list[dict[str, Any]] = []
         """Lines so far, oldest first."""
         console = Console(stderr=True)
         columns = (TextColumn("reinforce"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._bar = Progress(*columns, console=console, disable=not (main and console.is_terminal))
 
     def read(self, iterations: int) -> None:
         """Takes up the lines of the first so many iterations and drops the rest."""
         found = [json.loads(line) for line in self._file.read_text().splitlines(keepends=True) if line.endswith("\n")]
         self.history = [line for line in found if line["step"] < iterations]
-        self._file.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        if self._main:
+            self._file.write_text("".join(json.dumps(line) + "\n" for line in self.history))
 
     def add(self, facts: Mapping[str, Any]) -> None:
         """One iteration; ``facts["step"]`` is its number."""
         self.history.append(dict(facts))
-        with self._file.open("a") as file:
-            file.write(json.dumps(facts) + "\n")
+        if self._main:
+            with self._file.open("a") as file:
+                file.write(json.dumps(facts) + "\n")
         told = ", ".join(f"{name} {facts[name]:.3g}" for name in SHOWN if isinstance(facts.get(name), float))
         self._bar.update(self._task, completed=facts["step"] + 1, note=told)
 
