@@ -6,7 +6,7 @@ Everything that speaks of the whole batch (baselines, whitening, ratios of whole
 here, before rows are dealt out to steps, micro-batches and processes. So none of those changes the sum of the gradients. Rows whose
 coefficients are all zero are counted and then left out: they would be read for nothing.
 
-Replies that were cut off at the length limit are no action of the policy's; their ids carry no loss (DAPO's overlong filtering).
+Replies that were cut off at the length limit are no action of the policy's; unless asked for, their ids carry no loss (as in DAPO).
 
 Shapes: n sampled ids of a row, S of all rows.
 """
@@ -85,15 +85,17 @@ def lessons(
     version: str,
     penalty: float,
     tolerance: float,
+    truncated: bool = False,
 ) -> tuple[list[Lesson], dict[str, float]]:
     """``rows`` stand stream by stream. ``seen`` holds what the forward passes gave, (n,) a row: ``old``, ``entropy``, and where there are
-    such ``values``, ``reference``. Returns the lessons and what was measured. Raises GateError.
+    such ``values``, ``reference``. ``truncated`` keeps replies that were cut off. Returns the lessons and what was measured.
+    Raises GateError.
     """
     facts: dict[str, float] = {}
     if objective.ratios:
         compared, facts["drift"] = gate(rows, seen["old"], version, tolerance)
         facts["compared"] = float(compared)
-    batch = _experience(rows, advantages, rewards, seen, version)
+    batch = _experience(rows, advantages, rewards, seen, version, truncated)
     weighed = objective.weigh(batch, penalty)
     facts |= {"masked": weighed.masked, "effective": weighed.effective, "entropy": _mean(torch.cat(list(seen["entropy"])), batch.mask)}
     facts["streams"] = float(batch.unit.max() + 1)
@@ -107,14 +109,19 @@ def lessons(
 
 
 def _experience(
-    rows: Sequence[Row], advantages: Mapping[str, float], rewards: Mapping[str, float], seen: Mapping[str, Sequence[Tensor]], version: str
+    rows: Sequence[Row],
+    advantages: Mapping[str, float],
+    rewards: Mapping[str, float],
+    seen: Mapping[str, Sequence[Tensor]],
+    version: str,
+    truncated: bool,
 ) -> Experience:
     columns: list[tuple[float, float, float, float, float, float]] = []
     streams: dict[tuple[str, str], int] = {}
     for row in rows:
         unit = streams.setdefault((row.episode_id, row.stream), len(streams))
         for piece in row.pieces:
-            fresh, whole = piece.weights_version == version, piece.finish_reason != "length"
+            fresh, whole = piece.weights_version == version, truncated or piece.finish_reason != "length"
             said = piece.logprobs or (math.nan,) * (piece.stop - piece.start)
             for place, (value, free) in enumerate(zip(said, piece.loss_mask, strict=True)):
                 ends = place == len(said) - 1

@@ -154,7 +154,8 @@ class _Reinforcement:
             before = self.reference
             (seen["reference"],) = over(rows, collate, lambda batch: (before(role, batch)[0].logprobs,), size)
         version = self.version(role, iteration)
-        found, facts = lessons(role, rows, self.recipe.objective, advantages, earned, seen, version, self.penalty, self.recipe.tolerance)
+        own = self.recipe.objective, advantages, earned, seen, version, self.penalty, self.recipe.tolerance, self.recipe.truncated
+        found, facts = lessons(role, rows, *own)
         prefix = f"{role} " if len(self.recipe.trained) > 1 else ""
         history = [
             {"entropy": line[f"{prefix}entropy"], "reward": line["reward"]} for line in self.report.history if f"{prefix}entropy" in line

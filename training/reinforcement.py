@@ -70,6 +70,8 @@ class Reinforcement(BaseModel):
     rewards: dict[str, float] = {}
     """Weights of further rewards by name, beside the task's own score."""
 
+    truncated: bool = False
+    """Whether replies that were cut off at the length limit carry loss."""
     iterations: int = Field(default=100, ge=1)
     """Batches of experience."""
     passes: int = Field(default=1, ge=1)
