@@ -28,6 +28,7 @@ from monologue.training.policies import Learner
 from monologue.training.recipe import RecipeError
 from monologue.training.reinforce import latest, reinforce
 from monologue.training.reinforcement import Reinforcement
+from monologue.training.released import as_released
 from monologue.training.replay import Weights
 from monologue.training.rows import read_rows
 
@@ -130,11 +131,24 @@ def test_an_oracles_run_has_no_log_probs_to_form_ratios_with(tmp_path: Path) -> 
     assert offline(tmp_path / "awr", tmp_path / "oracle", objective={"name": "filter"})
 
 
+def test_the_released_scripts_view_cannot_pass_the_gate_and_can_be_had_on_purpose(tmp_path: Path) -> None:
+    lines = go(tmp_path / "sound", objective={"name": "ppo"}, reference=True)
+    flawed = go(tmp_path / "flawed", objective={"name": "ppo"}, compat="released")
+    assert lines[0]["drift"] < 1e-5 and flawed[0]["drift"] > 0.02 and flawed[0]["sampled"] == lines[0]["sampled"]
+    row = max(read_rows(tmp_path / "sound", ["questioner"]), key=lambda row: len(row.pieces))
+    bare = as_released(row)
+    assert len(row.pieces) > 1 and len(bare.ids) == row.pieces[0].start + sum(row.mask)
+    said = [row.ids[piece.start : piece.stop] for piece in row.pieces]
+    assert [bare.ids[piece.start : piece.stop] for piece in bare.pieces] == said
+
+
 def test_recipes_refuse_what_cannot_be_honoured() -> None:
     for settings, word in (
         ({"objective": {"name": "topr", "cap": 2.0}}, "cap"),
         ({"objective": {"name": "dpo"}}, "dpo"),
         ({"alternate": 3}, "two trained roles"),
+        ({"compat": "released"}, "ppo on the questioner alone"),
+        ({"runs": ["x"], "objective": {"name": "ppo"}}, "fresh episodes"),
         ({"lr": {"answerer": 1e-4}}, "one rate for each"),
         ({"reference": False, "objective": {"name": "ppo"}}, "reference=true"),
         ({"runs": ["x"], "problems": 3}, "belong to playing"),

@@ -35,6 +35,7 @@ from monologue.training.objectives import Ppo
 from monologue.training.policies import Learner, Policies
 from monologue.training.recipe import RecipeError
 from monologue.training.reinforcement import Reinforcement
+from monologue.training.released import as_released
 from monologue.training.report import Report
 from monologue.training.rewards import REWARDS
 from monologue.training.rows import Row
@@ -129,6 +130,7 @@ class _Reinforcement:
         if recipe.examine_every and iteration % recipe.examine_every == 0:
             self.facts |= self._examined(iteration)
         rows = self.source.rows(iteration)
+        rows = [as_released(row) for row in rows] if recipe.compat else rows
         played = time.perf_counter()
         assigned = credit.assign(rows, recipe.credit, share=recipe.share, discount=recipe.discount, averages=self.averages)
         earned = credit.at_turns(rows)
@@ -154,13 +156,16 @@ class _Reinforcement:
             before = self.reference
             (seen["reference"],) = over(rows, collate, lambda batch: (before(role, batch)[0].logprobs,), size)
         version = self.version(role, iteration)
-        own = self.recipe.objective, advantages, earned, seen, version, self.penalty, self.recipe.tolerance, self.recipe.truncated
-        found, facts = lessons(role, rows, *own)
+        tolerance = math.inf if self.recipe.compat else self.recipe.tolerance
+        found, facts = lessons(
+            role, rows, self.recipe.objective, advantages, earned, seen, version, self.penalty, tolerance, self.recipe.truncated
+        )
         prefix = f"{role} " if len(self.recipe.trained) > 1 else ""
         history = [
             {"entropy": line[f"{prefix}entropy"], "reward": line["reward"]} for line in self.report.history if f"{prefix}entropy" in line
         ]
-        self.recipe.guards.check(history, {**facts, "reward": self.facts["reward"]})
+        guards = self.recipe.guards.model_copy(update={"drift": None}) if self.recipe.compat else self.recipe.guards
+        guards.check(history, {**facts, "reward": self.facts["reward"]})
         self.facts |= {f"{prefix}{name}": value for name, value in facts.items()}
         return found
 

@@ -61,6 +61,8 @@ class Reinforcement(BaseModel):
 
     objective: Objective = Grpo()
     """What is maximised, with its settings."""
+    compat: Literal["", "released"] = ""
+    """``released``: score dialogues as IMMO's released script does, without the answers, gate off; to measure what that costs."""
     credit: Kind = "team"
     """Whose reward praises whom."""
     share: float = Field(default=1.0, ge=0, le=1)
@@ -125,6 +127,8 @@ class Reinforcement(BaseModel):
             raise ValueError(f"alternate needs two trained roles, got {self.trained!r}")
         if isinstance(self.lr, dict) and set(self.lr) != set(self.trained):
             raise ValueError(f"lr wants one rate for each of {self.trained!r}, got {self.lr!r}")
+        if self.compat and (self.objective.name != "ppo" or self.trained != ["questioner"]):
+            raise ValueError(f"compat={self.compat!r} is of ppo on the questioner alone, got {self.objective.name!r} on {self.trained!r}")
         if self.objective.penalty and not self.reference:
             raise ValueError(f"the objective {self.objective.name!r} with kl={self.objective.penalty!r} needs reference=true")
         playing = {"problems", "samples", "temperature", "top_p", "max_tokens", "max_turns", "examine_every", "families", "graph", "task"}
