@@ -32,15 +32,13 @@ from monologue.agents.load import codec_for, load_policy
 from monologue.backends.base import Sampling
 from monologue.graphs.oracle import oracle
 from monologue.graphs.play import play
-from monologue.rollouts import Rollouts, seated, source_of
+from monologue.rollouts import reinforce
 from monologue.seating import starter
 from monologue.tasks.base import OracleTurn, Problem
 from monologue.tasks.shapes import Shapes
 from monologue.traces.store import RunReader
 from monologue.training.imitate import imitate
-from monologue.training.policies import Learner
 from monologue.training.recipe import read_recipe
-from monologue.training.reinforce import STATE, latest, reinforce
 from monologue.training.reinforcement import Reinforcement
 from monologue.training.starter.models import build_questioner, build_tokenizer
 
@@ -82,17 +80,13 @@ def make(arm: str, folder: Path, recipe: Reinforcement, seed: int) -> Path:
         imitate(folder / "corpus", folder / "prior", folder / arm, role="questioner", steps=steps, batch=BATCH, lr=LR, seed=seed + 1)
     else:
         begin = folder / ("prior" if arm == "reinforced" else "random")
-        stage_two(recipe.model_copy(update={"questioner": str(begin), "seed": seed}), folder / arm)
-    earlier = sum(json.loads(file.read_text()) for file in (folder / arm).glob("seconds-*.json"))
-    ready.write_text(json.dumps(round(earlier + time.monotonic() - started, 1)))
+        own = recipe.model_copy(update={"questioner": str(begin), "seed": seed})
+        reinforce(own, folder / arm, Shapes(recipe.families.split(",")), resume=(folder / arm / "run.json").exists())
+    seconds = time.monotonic() - started
+    if arm in ("reinforced", "unprimed"):  # of all lives of a run that was killed
+        seconds = sum(json.loads(line)["seconds"] for line in (folder / arm / "metrics.jsonl").read_text().splitlines())
+    ready.write_text(json.dumps(round(seconds, 1)))
     return questioner
-
-
-def stage_two(recipe: Reinforcement, out: Path) -> None:
-    """Reinforcement, resumed where there is something to resume."""
-    learners = {"questioner": Learner.open(source_of(recipe, "questioner"))}
-    stage = Rollouts(recipe, Shapes(recipe.families.split(",")), seated(recipe))
-    reinforce(recipe, out, learners, stage, resume=latest(out / STATE) is not None)
 
 
 def answerer() -> Any:

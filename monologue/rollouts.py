@@ -23,7 +23,9 @@ from monologue.graphs.registry import find
 from monologue.seating import starter
 from monologue.tasks.base import Problem, Task
 from monologue.traces.store import RunError, RunWriter
+from monologue.training.policies import Learner
 from monologue.training.recipe import RecipeError
+from monologue.training.reinforce import reinforce as train
 from monologue.training.reinforcement import Reinforcement
 
 TOGETHER = 128
@@ -98,6 +100,21 @@ class Rollouts:
                 yield problem
             if empty:
                 raise RecipeError(f"the split {self.recipe.split!r} of task {self.task.name!r} has no problems")
+
+
+def reinforce(
+    recipe: Reinforcement | Mapping[str, Any], out: str | Path, task: Task | None = None, *, resume: bool = False, **more: Any
+) -> list[dict[str, Any]]:
+    """Reinforces the policies that a recipe names, by playing ``task`` or, without one, from the runs that it names; writes run, curves and
+    checkpoints to ``out`` and the trained policies to ``out/ROLE``. Returns the lines of ``metrics.jsonl``; ``more`` are further
+    ``TrainingArguments``. ``resume`` goes on with what a killed run left, from its beginning where it left no checkpoint.
+
+    Raises RecipeError, RunError, RowError, GateError, BackendError, CodecError.
+    """
+    chosen = recipe if isinstance(recipe, Reinforcement) else Reinforcement.read(dict(recipe))
+    learners = {role: Learner.open(source_of(chosen, role), device=chosen.device, dtype=chosen.dtype) for role in chosen.trained}
+    stage = None if task is None else Rollouts(chosen, task, seated(chosen))
+    return train(chosen, out, learners, stage, resume=resume, **more)
 
 
 def seated(recipe: Reinforcement) -> dict[str, Policy]:

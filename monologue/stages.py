@@ -57,10 +57,8 @@ def train_imitate(options: argparse.Namespace) -> int:
 def train_reinforce(options: argparse.Namespace) -> int:
     """Reinforcement on outcome."""
     from monologue.commands import TASKS, named_task
-    from monologue.rollouts import Rollouts, seated, source_of
-    from monologue.training.policies import Learner
+    from monologue.rollouts import reinforce
     from monologue.training.recipe import RecipeError, override, read_recipe
-    from monologue.training.reinforce import reinforce
     from monologue.training.reinforcement import Reinforcement
 
     recipe = Reinforcement.read(override(read_recipe(options.recipe), options.set, Reinforcement.model_fields))
@@ -72,9 +70,7 @@ def train_reinforce(options: argparse.Namespace) -> int:
     out = options.out or Path("runs") / "reinforced"
     if recipe.task not in TASKS:
         raise RecipeError(f"unknown task {recipe.task!r}; choose from {', '.join(sorted(TASKS))}")
-    stage = None if recipe.runs else Rollouts(recipe, named_task(recipe.task, recipe.families), seated(recipe))
-    learners = {role: Learner.open(source_of(recipe, role), device=recipe.device, dtype=recipe.dtype) for role in recipe.trained}
-    lines = reinforce(recipe, out, learners, stage, resume=options.resume)
+    lines = reinforce(recipe, out, None if recipe.runs else named_task(recipe.task, recipe.families), resume=options.resume)
     shown = ("reward", "score", "kl", "entropy", "turns", "clipped", "examined")
     rows = [[name, *(f"{line[name]:.3f}" for line in (lines[0], lines[-1]))] for name in shown if name in lines[0] and name in lines[-1]]
     table(["measure", "first iteration", "last"], rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,9 +24,8 @@ from monologue.traces.page.detail import curves
 from monologue.traces.store import RunReader
 from monologue.traces.verify import verify
 from monologue.training.gate import GateError
-from monologue.training.objectives import Grpo, Ppo
 from monologue.training.policies import Learner
-from monologue.training.recipe import RecipeError
+from monologue.training.recipe import RecipeError, read_recipe
 from monologue.training.reinforce import latest, reinforce
 from monologue.training.reinforcement import Reinforcement
 from monologue.training.released import as_released
@@ -142,7 +142,7 @@ def test_the_released_scripts_view_cannot_pass_the_gate_and_can_be_had_on_purpos
     assert [bare.ids[piece.start : piece.stop] for piece in bare.pieces] == said
 
 
-def test_recipes_refuse_what_cannot_be_honoured() -> None:
+def test_recipes_refuse_what_cannot_be_honoured(capsys: pytest.CaptureFixture[str]) -> None:
     for settings, word in (
         ({"objective": {"name": "topr", "cap": 2.0}}, "cap"),
         ({"objective": {"name": "dpo"}}, "dpo"),
@@ -159,9 +159,12 @@ def test_recipes_refuse_what_cannot_be_honoured() -> None:
             Reinforcement.read(settings)
     with pytest.raises(RecipeError, match="unknown rewards beauty"):
         reinforce(Reinforcement(rewards={"beauty": 1.0}), "/nowhere", {})
-    assert isinstance(Reinforcement.read({}).objective, Grpo) and isinstance(
-        Reinforcement.read({"objective": {"name": "ppo"}}).objective, Ppo
-    )
+    for shipped in ("reinforce", "outcome", "immo"):
+        recipe = Reinforcement.read(read_recipe(shipped))
+        assert main(["train", "reinforce", shipped, "--dry-run"]) == 0
+        assert json.loads(capsys.readouterr().out) == recipe.model_dump(mode="json")
+    assert main(["train", "reinforce", "reinforce", "--set", 'task="nothing"']) == 2
+    assert "unknown task 'nothing'" in capsys.readouterr().err
 
 
 def command(out: Path, *more: str, launcher: tuple[str, ...] = (), **own: Any) -> list[str]:
@@ -183,6 +186,16 @@ def losses(out: Path) -> list[Any]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(len(lines)))
     return [[line[name] for name in ("losses", "reward", "kl", "entropy", "penalty", "explained")] for line in lines]
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_with_what_was_played(tmp_path: Path) -> None:
+    whole = go(tmp_path)
+    assert go(tmp_path, resume=True) == whole, "nothing is left to do"
+    shutil.rmtree(tmp_path / "trainer")
+    first = go(tmp_path, resume=True)
+    assert [line["losses"] for line in first] == [line["losses"] for line in whole] and len(first) == 2
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len(list(RunReader(tmp_path).episodes())) == 2 * 9
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:

@@ -85,14 +85,15 @@ class _Reinforcement:
         self.run_id = str(read_info(out)["run_id"])[:8]
         self.facts: dict[str, Any] = {}
         self.held: list[float] = []
+        self.began = 0.0
         self.trainer = StreamTrainer(self.policies, self._groups(), self, self._loss, self._settings(more), callbacks=[_Closing(self)])
         self.source = self._source(stage)
 
     def train(self, checkpoint: Path | None) -> list[dict[str, Any]]:
         """From the beginning, or from where a checkpoint was taken."""
-        if checkpoint is not None:
-            done = int(json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]) // self.recipe.steps
-            self.report.read(done)
+        state = {"global_step": 0} if checkpoint is None else json.loads((checkpoint / "trainer_state.json").read_text())
+        self.report.read(int(state["global_step"]) // self.recipe.steps)
+        if self.report.history:
             self.averages.means, self.penalty = dict(self.report.history[-1]["averages"]), self.report.history[-1]["penalty"]
         elif isinstance(self.source, Logged) and self.recipe.proof and self.recipe.objective.ratios:
             self.source.prove(self.recipe.proof, self.recipe.tolerance)
@@ -126,7 +127,7 @@ class _Reinforcement:
     def _experience(self, iteration: int) -> list[Lesson]:
         """A batch, proven, and what is to be learned from it. Raises GateError before any step is taken on it."""
         recipe, began = self.recipe, time.perf_counter()
-        self.facts, self.held = {"step": iteration}, []
+        self.facts, self.held, self.began = {"step": iteration}, [], began
         if recipe.examine_every and iteration % recipe.examine_every == 0:
             self.facts |= self._examined(iteration)
         rows = self.source.rows(iteration)
@@ -185,6 +186,7 @@ class _Reinforcement:
         lost = self.trainer.accelerator.reduce(torch.tensor(self.trainer.lost, dtype=torch.float64), "sum").tolist()
         self.facts |= {"losses": lost, "loss": math.fsum(lost) / len(lost)}
         self.facts |= {"clipped": math.fsum(self.held) / len(self.held), "penalty": self.penalty, "averages": dict(self.averages.means)}
+        self.facts["seconds"] = time.perf_counter() - self.began
         self.trainer.lost = []
         self.report.add(self.facts)
         numbers = {name: value for name, value in self.facts.items() if isinstance(value, float)}

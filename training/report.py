@@ -32,9 +32,10 @@ class Report:
 
     def read(self, iterations: int) -> None:
         """Takes up the lines of the first so many iterations and drops the rest."""
-        found = [json.loads(line) for line in self._file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        text = self._file.read_text() if self._file.is_file() else ""
+        found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
         self.history = [line for line in found if line["step"] < iterations]
-        if self._main:
+        if self._main and text:
             self._file.write_text("".join(json.dumps(line) + "\n" for line in self.history))
 
     def add(self, facts: Mapping[str, Any]) -> None:
