@@ -122,6 +122,8 @@ def kept(options: argparse.Namespace) -> str:
         return f"every finished episode is kept in {options.out}; the same command with --out {options.out} goes on from there"
     if options.verb == "eval" and options.out is not None:
         return f"every finished episode is kept in {options.out}; the same command goes on from there"
+    if options.verb == "train" and options.stage == "reinforce":
+        return "the run is kept; the same command with its --out and --resume goes on from the last checkpoint"
     return "nothing is kept" if options.verb in ("eval", "train", "play") else "nothing was changed"
 
 

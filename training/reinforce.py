@@ -81,7 +81,7 @@ class _Reinforcement:
         self.policies = Policies(learners, recipe.trained if recipe.objective.critic else ())
         self.reference = Policies({role: _again(learner, recipe) for role, learner in learners.items()}) if recipe.reference else None
         self.report = Report(out, recipe.iterations, PartialState().is_main_process)
-        self.averages, self.penalty = credit.Averages(), recipe.objective.penalty
+        self.averages, self.penalties = credit.Averages(), {role: recipe.objective.penalty for role in recipe.trained}
         self.run_id = str(read_info(out)["run_id"])[:8]
         self.facts: dict[str, Any] = {}
         self.held: list[float] = []
@@ -94,7 +94,9 @@ class _Reinforcement:
         state = {"global_step": 0} if checkpoint is None else json.loads((checkpoint / "trainer_state.json").read_text())
         self.report.read(int(state["global_step"]) // self.recipe.steps)
         if self.report.history:
-            self.averages.means, self.penalty = dict(self.report.history[-1]["averages"]), self.report.history[-1]["penalty"]
+            last = self.report.history[-1]
+            self.averages.means = dict(last["averages"])
+            self.penalties = {role: last[self._name(role, "penalty")] for role in self.recipe.trained}
         elif isinstance(self.source, Logged) and self.recipe.proof and self.recipe.objective.ratios:
             self.source.prove(self.recipe.proof, self.recipe.tolerance)
         with self.report:
@@ -159,33 +161,38 @@ class _Reinforcement:
         version = self.version(role, iteration)
         tolerance = math.inf if self.recipe.compat else self.recipe.tolerance
         found, facts = lessons(
-            role, rows, self.recipe.objective, advantages, earned, seen, version, self.penalty, tolerance, self.recipe.truncated
+            role, rows, self.recipe.objective, advantages, earned, seen, version, self.penalties[role], tolerance, self.recipe.truncated
         )
-        prefix = f"{role} " if len(self.recipe.trained) > 1 else ""
-        history = [
-            {"entropy": line[f"{prefix}entropy"], "reward": line["reward"]} for line in self.report.history if f"{prefix}entropy" in line
-        ]
+        entropy = self._name(role, "entropy")
+        history = [{"entropy": line[entropy], "reward": line["reward"]} for line in self.report.history if entropy in line]
         guards = self.recipe.guards.model_copy(update={"drift": None}) if self.recipe.compat else self.recipe.guards
         guards.check(history, {**facts, "reward": self.facts["reward"]})
-        self.facts |= {f"{prefix}{name}": value for name, value in facts.items()}
+        self.facts |= {self._name(role, name): value for name, value in facts.items()}
         return found
+
+    def _name(self, role: str, fact: str) -> str:
+        """Of a measure; where one role is trained it goes without saying."""
+        return f"{role} {fact}" if len(self.recipe.trained) > 1 else fact
 
     def _loss(self, model: Any, micro: Micro) -> Tensor:
         scored, values = model(micro.role, micro.batch)
         part = micro.part.to(scored.logprobs.device)
+        penalty = self.penalties[micro.role]
         self.held.append(self.recipe.objective.held(scored.logprobs.detach(), part))
-        return self.recipe.objective.loss(scored.logprobs, part, micro.count, None if values is None else values.double(), self.penalty)
+        return self.recipe.objective.loss(scored.logprobs, part, micro.count, None if values is None else values.double(), penalty)
 
     def close(self) -> None:
         """An iteration's last step is taken: its line is written."""
-        objective, role = self.recipe.objective, self.recipe.trained[0]
-        if isinstance(objective, Ppo):
-            prefix = f"{role} " if len(self.recipe.trained) > 1 else ""
-            if f"{prefix}kl" in self.facts:
-                self.penalty = objective.adapted(self.penalty, self.facts[f"{prefix}kl"], int(self.facts[f"{prefix}streams"]))
-        lost = self.trainer.accelerator.reduce(torch.tensor(self.trainer.lost, dtype=torch.float64), "sum").tolist()
+        for role in self.recipe.trained:
+            divergence = self.facts.get(self._name(role, "kl"))
+            if isinstance(self.recipe.objective, Ppo) and divergence is not None:
+                streams = int(self.facts[self._name(role, "streams")])
+                self.penalties[role] = self.recipe.objective.adapted(self.penalties[role], divergence, streams)
+            self.facts[self._name(role, "penalty")] = self.penalties[role]
+        device = self.trainer.accelerator.device
+        lost = self.trainer.accelerator.reduce(torch.tensor(self.trainer.lost, dtype=torch.float64, device=device), "sum").tolist()
         self.facts |= {"losses": lost, "loss": math.fsum(lost) / len(lost)}
-        self.facts |= {"clipped": math.fsum(self.held) / len(self.held), "penalty": self.penalty, "averages": dict(self.averages.means)}
+        self.facts |= {"clipped": math.fsum(self.held) / len(self.held), "averages": dict(self.averages.means)}
         self.facts["seconds"] = time.perf_counter() - self.began
         self.trainer.lost = []
         self.report.add(self.facts)
@@ -227,6 +234,7 @@ class _Reinforcement:
             "save_strategy": "steps",
             "save_steps": recipe.save_every * recipe.steps,
             "save_total_limit": 2,
+            "report_to": recipe.report_to,
             "disable_tqdm": True,
             "use_cpu": recipe.device == "cpu",
             "ddp_find_unused_parameters": len(recipe.trained) > 1,

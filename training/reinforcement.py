@@ -98,6 +98,8 @@ class Reinforcement(BaseModel):
     """Where trained weights live."""
     seed: int = 0
     """Of problems, sampling and the order of rows."""
+    report_to: list[str] = []
+    """Trackers of ``transformers`` that are told of every iteration, e.g. tensorboard, wandb."""
     save_every: int = Field(default=20, ge=1)
     """Iterations between checkpoints to resume from."""
     keep: int = Field(default=2, ge=1)
