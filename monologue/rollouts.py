@@ -119,11 +119,12 @@ def reinforce(
 
 def seated(recipe: Reinforcement) -> dict[str, Policy]:
     """The policies of a recipe in this process. Raises BackendError, CodecError."""
-    found = {}
+    found, numbers = {}, "bfloat16" if recipe.dtype == "bfloat16" else "float32"
     for role in find(recipe.graph).roles:
         heat, nucleus = (recipe.temperature, recipe.top_p) if role in recipe.trained else (0.0, 1.0)
         sampling, source = Sampling(heat, nucleus, max_tokens=recipe.max_tokens), source_of(recipe, role)
-        found[role] = load_policy(source, role, sampling=sampling, policy_id=role, max_batch=TOGETHER, device=recipe.device)
+        engine: dict[str, Any] = {"max_batch": TOGETHER, "device": recipe.device, "dtype": numbers}
+        found[role] = load_policy(source, role, sampling=sampling, policy_id=role, **engine)
     return found
 
 
