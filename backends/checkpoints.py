@@ -107,10 +107,14 @@ def take_weights(model: Any, source: str) -> None:
     model.load_state_dict(other.state_dict(), strict=True)
 
 
-def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, model: Any | None = None) -> None:
-    """A folder with all that a policy needs, and no pickle in it. ``model`` stands in where the trained one is another object."""
+def save_checkpoint(
+    checkpoint: Checkpoint, folder: str | Path, model: Any | None = None, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """A folder with all that a policy needs, and no pickle in it. ``model`` stands in where the trained one is another object, ``weights``
+    where what is to be saved is not what the model holds.
+    """
     with quiet():
-        (checkpoint.model if model is None else model).save_pretrained(folder)
+        (checkpoint.model if model is None else model).save_pretrained(folder, state_dict=weights)
     checkpoint.tokenizer.save_pretrained(folder)
     if checkpoint.image_processor is not None:
         checkpoint.image_processor.save_pretrained(folder)

@@ -112,7 +112,8 @@ def reinforce(
     Raises RecipeError, RunError, RowError, GateError, BackendError, CodecError.
     """
     chosen = recipe if isinstance(recipe, Reinforcement) else Reinforcement.read(dict(recipe))
-    learners = {role: Learner.open(source_of(chosen, role), device=chosen.device, dtype=chosen.dtype) for role in chosen.trained}
+    numbers: dict[str, Any] = {"device": chosen.device, "dtype": chosen.dtype, "lora": chosen.lora}
+    learners = {role: Learner.open(source_of(chosen, role), **numbers) for role in chosen.trained}
     stage = None if task is None else Rollouts(chosen, task, seated(chosen))
     return train(chosen, out, learners, stage, resume=resume, **more)
 

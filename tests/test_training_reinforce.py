@@ -23,6 +23,7 @@ from monologue.tasks.shapes import Shapes
 from monologue.traces.page.detail import curves
 from monologue.traces.store import RunReader
 from monologue.traces.verify import verify
+from monologue.training.adapters import Lora
 from monologue.training.gate import GateError
 from monologue.training.policies import Learner
 from monologue.training.recipe import RecipeError, read_recipe
@@ -42,7 +43,7 @@ SMALL: dict[str, Any] = {
 
 def go(out: Path, *, stage: type[Rollouts] = Rollouts, resume: bool = False, **settings: Any) -> list[dict[str, Any]]:
     recipe = Reinforcement.read({**SMALL, **settings})
-    learners = {role: Learner.open(source_of(recipe, role), dtype=recipe.dtype) for role in recipe.trained}
+    learners = {role: Learner.open(source_of(recipe, role), dtype=recipe.dtype, lora=recipe.lora) for role in recipe.trained}
     return reinforce(recipe, out, learners, stage(recipe, Shapes(FAMILIES), seated(recipe)), resume=resume)
 
 
@@ -129,6 +130,25 @@ def test_an_oracles_run_has_no_log_probs_to_form_ratios_with(tmp_path: Path) -> 
     with pytest.raises(GateError, match="no log-probs"):
         offline(tmp_path / "grpo", tmp_path / "oracle", objective={"name": "topr"})
     assert offline(tmp_path / "awr", tmp_path / "oracle", objective={"name": "filter"})
+
+
+def test_adapters_move_alone_and_leave_as_whole_weights(tmp_path: Path) -> None:
+    """The gate passes on what the engine loaded: adapters added in. A resume takes up the small matrices; the start stays what it was."""
+    pytest.importorskip("peft", reason="an extra: pip install 'monologue[lora]'")
+    lines = go(tmp_path / "run", lora={"rank": 4, "alpha": 8}, iterations=3, save_every=2, lr=1e-2)
+    assert lines[0]["kl"] == 0.0 < lines[1]["kl"] and all(line["compared"] == line["sampled"] for line in lines)
+    assert gap(tmp_path / "run" / "questioner", starter("questioner")) > 1e-4
+    names = set(load_file(tmp_path / "run" / "questioner" / "model.safetensors"))
+    assert names == set(load_file(starter("questioner") / "model.safetensors"))
+    shutil.rmtree(tmp_path / "run" / "trainer" / "checkpoint-3")
+    again = go(tmp_path / "run", lora={"rank": 4, "alpha": 8}, iterations=3, save_every=2, lr=1e-2, resume=True)
+    assert [line["losses"] for line in again] == [line["losses"] for line in lines]
+
+
+def test_adapters_without_peft_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(RecipeError, match="need the library 'peft'"):
+        Learner.open(str(starter("questioner")), lora=Lora())
 
 
 def test_the_released_scripts_view_cannot_pass_the_gate_and_can_be_had_on_purpose(tmp_path: Path) -> None:

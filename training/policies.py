@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from monologue.backends.checkpoints import Checkpoint, open_checkpoint, save_checkpoint, take_weights
 from monologue.backends.inputs import Inputs
+from monologue.training.adapters import Lora, adapt, load_adapter, merged, save_adapter
 from monologue.training.collate import Batch, Scored, score
 
 CRITICS = "critics.safetensors"
@@ -35,13 +36,28 @@ class Learner:
     """Model, tokenizer, image processor."""
     inputs: Inputs
     """What the engine that samples is fed, too."""
+    adapted: bool = False
+    """Only adapters are trained."""
 
     @classmethod
-    def open(cls, source: str, *, device: str = "cpu", dtype: str = "float32") -> Learner:
-        """A folder or Hub name, all of its weights to be trained. Raises BackendError."""
+    def open(cls, source: str, *, device: str = "cpu", dtype: str = "float32", lora: Lora | None = None) -> Learner:
+        """A folder or Hub name, all of its weights to be trained, or adapters beside them. Raises BackendError, RecipeError."""
         checkpoint = open_checkpoint(source, device=device, dtype=getattr(torch, dtype))
-        checkpoint.model.requires_grad_(True)
-        return cls(checkpoint, Inputs(checkpoint))
+        inputs = Inputs(checkpoint)
+        if lora is None:
+            checkpoint.model.requires_grad_(True)
+        else:
+            adapt(checkpoint.model, lora)
+        return cls(checkpoint, inputs, lora is not None)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What has a gradient."""
+        return [one for one in self.checkpoint.model.parameters() if one.requires_grad]
+
+    def save(self, folder: Path) -> None:
+        """A whole checkpoint, adapters added in."""
+        save_checkpoint(self.checkpoint, folder, weights=merged(self.checkpoint.model) if self.adapted else None)
 
 
 class Policies(nn.Module):
@@ -70,14 +86,19 @@ class Policies(nn.Module):
     def save(self, folder: Path) -> None:
         """A checkpoint for each role, and the critics."""
         for role, learner in self.learners.items():
-            save_checkpoint(learner.checkpoint, folder / role)
+            learner.save(folder / role)
+            if learner.adapted:
+                save_adapter(learner.checkpoint.model, folder / role)
         if self.critics:
             save_file(self.critics.state_dict(), folder / CRITICS)
 
     def load(self, folder: Path) -> None:
         """What ``save`` wrote. Raises BackendError."""
         for role, learner in self.learners.items():
-            take_weights(learner.checkpoint.model, str(folder / role))
+            if learner.adapted:
+                load_adapter(learner.checkpoint.model, folder / role)
+            else:
+                take_weights(learner.checkpoint.model, str(folder / role))
         if self.critics:
             self.critics.load_state_dict(load_file(folder / CRITICS))
 

@@ -25,7 +25,6 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import TrainerCallback
 
-from monologue.backends.checkpoints import save_checkpoint
 from monologue.traces.store import RunWriter, read_info
 from monologue.training import credit
 from monologue.training.collate import Batch, Collate
@@ -104,7 +103,7 @@ class _Reinforcement:
         if isinstance(self.source, Played):
             self.source.push(self.recipe.iterations)
         for role, learner in self.learners.items() if self.trainer.args.should_save else ():
-            save_checkpoint(learner.checkpoint, self.out / role)
+            learner.save(self.out / role)
         return self.report.history
 
     def version(self, role: str, iteration: int) -> str:
@@ -217,8 +216,7 @@ class _Reinforcement:
     def _groups(self) -> list[dict[str, Any]]:
         critics = {role: list(self.policies.critics[role].parameters()) for role in self.policies.critics}
         return [
-            {"params": [*self.policies.models[role].parameters(), *critics.get(role, [])], "lr": self.recipe.rate(role)}
-            for role in self.recipe.trained
+            {"params": [*self.learners[role].trained, *critics.get(role, [])], "lr": self.recipe.rate(role)} for role in self.recipe.trained
         ]
 
     def _settings(self, more: Mapping[str, Any]) -> Any:

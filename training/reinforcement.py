@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from monologue.training.adapters import Lora
 from monologue.training.credit import Kind
 from monologue.training.gate import TOLERANCE, Guards
 from monologue.training.objectives import Grpo, Objective
@@ -86,6 +87,8 @@ class Reinforcement(BaseModel):
     """Rows at once where no gradient is taken."""
     lr: float | dict[str, float] = 3e-4
     """Learning rate of AdamW, or one for each trained role."""
+    lora: Lora | None = None
+    """Train low-rank adapters in place of all weights, e.g. ``lora = { rank = 16 }``; needs peft."""
     warmup: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises; then it stays."""
     clip: float = Field(default=1.0, ge=0)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from monologue.backends.checkpoints import save_checkpoint
 from monologue.traces.images import PictureError
 from monologue.traces.store import RunReader, RunWriter
 from monologue.training import credit
@@ -95,7 +94,7 @@ class Played:
             version = self._version(role, iteration)
             if self._main and version != self._pushed[role]:
                 home = self.out / "checkpoints" / self.stage.policy(role)
-                save_checkpoint(learner.checkpoint, home / version)
+                learner.save(home / version)
                 self.stage.push(role, home / version, version)
                 kept = sorted(home.iterdir(), key=lambda folder: folder.stat().st_mtime)
                 for old in kept[: -self._keep]:
