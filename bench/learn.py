@@ -9,6 +9,8 @@ the answers it then hears are the learned answerer's, the conclusion is the righ
     more         as many further updates on the same monologues as reinforcement takes
     reinforced   recipe ``outcome``: GRPO on the exact match of the answer, questioner only
     unprimed     the same reinforcement from random weights, without the first stage
+    ppo          the same episodes and steps, with PPO's value head and a KL price of 0.02 in place of GRPO
+    released     as ``ppo``, dialogues scored without the answers, as IMMO's released script does
 
 All are examined greedily on the same held-out problems of the split ``test``, which no choice was made on. ``useful`` is the share of the
 oracle's questions that were asked, although no reward speaks of questions. ``shuffled``: answers exchanged between episodes, to be at
@@ -43,7 +45,9 @@ from monologue.training.reinforcement import Reinforcement
 from monologue.training.starter.models import build_questioner, build_tokenizer
 
 MONOLOGUES, USELESS, STEPS, BATCH, LR = 300, 1 / 3, 300, 16, 3e-3
-ARMS = ("prior", "more", "reinforced", "unprimed")
+ARMS = ("prior", "more", "reinforced", "unprimed", "ppo", "released")
+PPO = {"name": "ppo", "kl": 0.02, "target": None}
+CHANGES: dict[str, dict[str, Any]] = {"ppo": {"objective": PPO}, "released": {"objective": PPO, "compat": "released"}}
 
 
 def weakened(problems: list[Problem], share: float, seed: int) -> Iterator[Problem]:
@@ -79,11 +83,11 @@ def make(arm: str, folder: Path, recipe: Reinforcement, seed: int) -> Path:
         steps = recipe.iterations * recipe.steps
         imitate(folder / "corpus", folder / "prior", folder / arm, role="questioner", steps=steps, batch=BATCH, lr=LR, seed=seed + 1)
     else:
-        begin = folder / ("prior" if arm == "reinforced" else "random")
-        own = recipe.model_copy(update={"questioner": str(begin), "seed": seed})
+        begin = folder / ("random" if arm == "unprimed" else "prior")
+        own = Reinforcement.read({**recipe.model_dump(exclude_unset=True), **CHANGES.get(arm, {}), "questioner": str(begin), "seed": seed})
         reinforce(own, folder / arm, Shapes(recipe.families.split(",")), resume=(folder / arm / "run.json").exists())
     seconds = time.monotonic() - started
-    if arm in ("reinforced", "unprimed"):  # of all lives of a run that was killed
+    if arm not in ("prior", "more"):  # of all lives of a run that was killed
         seconds = sum(json.loads(line)["seconds"] for line in (folder / arm / "metrics.jsonl").read_text().splitlines())
     ready.write_text(json.dumps(round(seconds, 1)))
     return questioner
