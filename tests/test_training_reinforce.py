@@ -154,6 +154,8 @@ def test_adapters_without_peft_are_refused(tmp_path: Path, monkeypatch: pytest.M
 def test_the_released_scripts_view_cannot_pass_the_gate_and_can_be_had_on_purpose(tmp_path: Path) -> None:
     lines = go(tmp_path / "sound", objective={"name": "ppo"}, reference=True)
     flawed = go(tmp_path / "flawed", objective={"name": "ppo"}, compat="released")
+    spans = [note for row in read_rows(tmp_path / "sound", ["questioner"]) for note in row.rewards if note.name == "advantage"]
+    assert spans and all(note.scope == "token" and note.values and note.source == "objective:ppo" for note in spans)
     assert lines[0]["drift"] < 1e-5 and flawed[0]["drift"] > 0.02 and flawed[0]["sampled"] == lines[0]["sampled"]
     row = max(read_rows(tmp_path / "sound", ["questioner"]), key=lambda row: len(row.pieces))
     bare = as_released(row)

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from monologue.traces.codes import pack_floats
 from monologue.traces.schema import Annotation
 from monologue.traces.store import RunWriter
 from monologue.training.rows import Row
@@ -157,12 +158,17 @@ def _sum(notes: Iterable[Annotation]) -> float:
     return math.fsum(note.weight * (note.value or 0.0) for note in notes)
 
 
-def write(run: RunWriter, rows: Sequence[Row], advantages: Mapping[str, float], source: str) -> None:
-    """Appends each call's advantage to the run, where the page shows it; calls that have one already are passed over."""
+def write(run: RunWriter, rows: Sequence[Row], advantages: Mapping[str, float | Sequence[float]], source: str) -> None:
+    """Appends each call's advantage to the run, one number or one a sampled id, where the page shows it; calls that have one already are
+    passed over.
+    """
     for row in rows:
         known = {note.span_id for note in row.rewards if note.name == NAME}
         for piece in row.pieces:
             if piece.span_id in advantages and piece.span_id not in known:
-                note = {"episode_id": row.episode_id, "span_id": piece.span_id, "name": NAME, "value": advantages[piece.span_id]}
-                place = {"text": None, "weight": 0.0, "scope": "turn", "role": row.role, "source": source, "created_ns": time.time_ns()}
-                run.annotate(Annotation.model_validate({**note, **place}))
+                value = advantages[piece.span_id]
+                one = isinstance(value, int | float)
+                said = {"value": value, "values": None} if one else {"value": None, "values": pack_floats(value)}  # type: ignore[arg-type]
+                note = {"episode_id": row.episode_id, "span_id": piece.span_id, "name": NAME, "text": None, "weight": 0.0, "role": row.role}
+                place = {"scope": "turn" if one else "token", "source": source, "created_ns": time.time_ns()}
+                run.annotate(Annotation.model_validate({**note, **said, **place}))

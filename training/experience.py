@@ -108,6 +108,16 @@ def lessons(
     return [Lesson(role, row, part) for row, part in zip(rows, _split(whole, lengths), strict=True)], facts
 
 
+def spread(found: Sequence[Lesson]) -> dict[str, list[float]]:
+    """The coefficients of each call's sampled ids, by span."""
+    told, lengths = {}, [piece.stop - piece.start for lesson in found for piece in lesson.row.pieces]
+    spans = [piece.span_id for lesson in found for piece in lesson.row.pieces]
+    values = torch.cat([lesson.part.coefficients for lesson in found])
+    for span, part in zip(spans, torch.split(values, lengths), strict=True):
+        told[span] = part.tolist()
+    return told
+
+
 def _experience(
     rows: Sequence[Row],
     advantages: Mapping[str, float],

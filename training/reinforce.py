@@ -28,7 +28,7 @@ from transformers import TrainerCallback
 from monologue.traces.store import RunWriter, read_info
 from monologue.training import credit
 from monologue.training.collate import Batch, Collate
-from monologue.training.experience import Lesson, Micro, deal, lessons, over
+from monologue.training.experience import Lesson, Micro, deal, lessons, over, spread
 from monologue.training.loop import StreamTrainer, arguments
 from monologue.training.objectives import Ppo
 from monologue.training.policies import Learner, Policies
@@ -143,7 +143,10 @@ class _Reinforcement:
             if not mine:
                 raise RecipeError(f"iteration {iteration} has nothing that {role!r} said; is it a seat of the graph, and trainable?")
             found += self._lessons(role, iteration, mine, assigned.advantages, earned)
-        self.source.note(iteration, rows, assigned.advantages, f"credit:{recipe.credit}")
+        shown = spread(found) if recipe.objective.critic else assigned.advantages
+        self.source.note(
+            iteration, rows, shown, f"objective:{recipe.objective.name}" if recipe.objective.critic else f"credit:{recipe.credit}"
+        )
         self.facts |= {"seconds playing": played - began, "seconds preparing": time.perf_counter() - played}
         return found
 

@@ -57,7 +57,7 @@ class Source(Protocol):
         """A stored picture. Raises PictureError."""
         ...
 
-    def note(self, iteration: int, rows: Sequence[Row], advantages: Mapping[str, float], source: str) -> None:
+    def note(self, iteration: int, rows: Sequence[Row], advantages: Mapping[str, float | Sequence[float]], source: str) -> None:
         """Writes advantages into the trace."""
         ...
 
@@ -115,7 +115,7 @@ class Played:
     def picture(self, sha256: str) -> Any:
         return RunReader(self.out).picture(sha256)
 
-    def note(self, iteration: int, rows: Sequence[Row], advantages: Mapping[str, float], source: str) -> None:
+    def note(self, iteration: int, rows: Sequence[Row], advantages: Mapping[str, float | Sequence[float]], source: str) -> None:
         if self._main:
             pen = RunWriter(self.out, resume=True, name=f"{iteration:06d}")
             credit.write(pen, rows, advantages, source)
@@ -156,7 +156,7 @@ class Logged:
                 return reader.picture(sha256)
         raise PictureError(f"none of the runs has the picture {sha256}")
 
-    def note(self, iteration: int, rows: Sequence[Row], advantages: Mapping[str, float], source: str) -> None:
+    def note(self, iteration: int, rows: Sequence[Row], advantages: Mapping[str, float | Sequence[float]], source: str) -> None:
         """Old runs stay as they are."""
 
     def _deal(self) -> None:
