@@ -28,11 +28,11 @@ test: .venv/dev
 	$(BIN)/python -m pytest -q
 
 # Against real programs; each is installed by its own script into an environment of its own.
-test-real: test-phoenix test-trainers test-page
+test-real: test-sglang test-phoenix test-trainers test-page
 
 test-sglang: .venv/dev
 	tests_real/install_sglang.sh
-	$(BIN)/python -m pytest -q tests_real/test_sglang.py
+	$(BIN)/python -m pytest -q tests_real/served
 
 .venv-phoenix/installed: tests_real/install_phoenix.sh pyproject.toml
 	PYTHON=$(PYTHON) sh tests_real/install_phoenix.sh

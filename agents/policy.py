@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -41,6 +41,24 @@ class Policy:
     """False: recorded, but its tokens are never trained on."""
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """How long a call was, in tokens."""
+
+    turn: int
+    """Number among the calls of its stream, from 0."""
+    prompt: int
+    """Prompt ids."""
+    sampled: int
+    """Sampled ids."""
+    cached: int | None
+    """Prompt ids that the engine had in a cache; None where it does not say."""
+
+    @property
+    def total(self) -> int:
+        return self.prompt + self.sampled
+
+
 class Stream:
     """The ids of one (episode, role), grown verbatim."""
 
@@ -50,6 +68,8 @@ class Stream:
         self.ids: tuple[int, ...] = ()
         self.pictures: tuple[Picture, ...] = ()
         self.calls = 0
+        self.usage: list[Usage] = []
+        """One entry a call."""
         self.last: Generation | None = None
         """What was sampled last."""
         self._closed = True
@@ -78,6 +98,7 @@ class Stream:
         generation = await self.policy.backend.generate(prompt, sampling)
         self.ids, self.pictures = prompt.ids + generation.ids, prompt.pictures
         self._closed = bool(generation.ids) and generation.ids[-1] in codec.stop_ids
+        self.usage = [*self.usage, Usage(self.calls, len(prompt.ids), len(generation.ids), generation.cached_tokens)]
         self.calls, self.last = self.calls + 1, generation
         action = _of_kinds(codec.parse((*forced, *generation.ids)), kinds, codec.text(generation.ids))
         self._record(span, prompt, sampling, generation, messages, action)
@@ -100,6 +121,7 @@ class Stream:
         span.record(
             policy_id=self.policy.policy_id,
             weights_version=generation.weights_version,
+            weights=generation.weights,
             trainable=self.policy.trainable,
             prompt_ids=prompt.ids,
             sampled_ids=generation.ids,
@@ -108,6 +130,8 @@ class Stream:
             sampling=_settings(sampling, generation.seed),
             engine=facts.engine,
             engine_version=facts.engine_version,
+            server=generation.server,
+            dtype=facts.extra.get("dtype"),
             model=facts.model,
             tokenizer_hash=self.policy.codec.tokenizer_hash,
             template_hash=self.policy.codec.template_hash,
@@ -137,3 +161,10 @@ def _of_kinds(action: Action | ParseFault, kinds: tuple[type, ...], text: str) -
         return action
     wanted = " or ".join(kind.__name__.lower() for kind in kinds)
     return ParseFault(f"expected {wanted}, got {type(action).__name__.lower()}.", text)
+
+
+async def close(policies: Iterable[object]) -> None:
+    """Closes the engines of those that are policies."""
+    for policy in policies:
+        if isinstance(policy, Policy):
+            await policy.backend.aclose()

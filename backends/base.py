@@ -128,6 +128,8 @@ class Generation:
     """The seed really used; None where the engine honours none."""
     weights: tuple[tuple[str, int, int], ...] = ()
     """(version, first, end) of the sampled ids where the weights changed in the middle; empty where they did not."""
+    server: str = ""
+    """Address of the server that answered; empty in process."""
 
 
 @dataclass(frozen=True, slots=True)

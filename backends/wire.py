@@ -3,7 +3,9 @@
 Everything runs on an event loop of its own in a background thread, so an engine serves callers on any loop, one after another or at once,
 and its connections outlive each of them. A caller that is cancelled cancels its request here.
 
-    connection lost, refused, cut off; 502, 503, 504     BackendUnavailable, tried again
+    connection refused, lost; 502, 503, 504              BackendUnavailable, tried again with growing, jittered waits
+    cut off in mid-request                               the same, but a request that has cut ``CUTS`` connections may be what kills the
+                                                         server, and is not sent again
     other 5xx                                            BackendError (the server choked on this very request; it would again)
     no answer in time                                    BackendTimeout, not tried again: the deadline is the caller's whole patience
     4xx                                                  RequestRefused
@@ -13,19 +15,27 @@ and its connections outlive each of them. A caller that is cancelled cancels its
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from contextlib import nullcontext, suppress
+from typing import Any, TypeAlias, TypeVar
 
 from monologue.backends.base import BackendError, BackendTimeout, BackendUnavailable, RequestRefused
 
 T = TypeVar("T")
+Heard: TypeAlias = "Callable[[dict[str, Any]], None]"
 PASSING = (502, 503, 504)
 FIRST_WAIT, LONGEST_WAIT = 0.1, 5.0
 """Seconds before the first retry, and at most."""
+CUTS = 3
+
+
+class _CutOff(BackendUnavailable):
+    """The connection broke after the request was sent."""
 
 
 class Loop:
@@ -46,25 +56,56 @@ class Loop:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Runs it there and waits for it here."""
-        return await asyncio.wrap_future(self.submit(coroutine))
+        """Runs it there and waits for it here; cancelled here, it is cancelled there. The caller's loop may close before that is done."""
+        here, there = asyncio.get_running_loop(), self.submit(coroutine)
+        waiting: asyncio.Future[T] = here.create_future()
+
+        def tell(done: Future[T]) -> None:
+            with suppress(RuntimeError):  # the caller's loop is closed, so nobody waits
+                here.call_soon_threadsafe(_settle, waiting, done)
+
+        there.add_done_callback(tell)
+        try:
+            return await waiting
+        finally:
+            there.cancel()
 
     def stop(self) -> None:
+        """Ends the thread; what still runs is cancelled."""
         if self._thread.is_alive():
+            self.submit(_cancel_others()).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
 
 
-class Wire:
-    """Requests to one server, at most ``limit`` at once."""
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
-    def __init__(self, url: str, *, limit: int, attempts: int) -> None:
+
+def _settle(waiting: asyncio.Future[T], done: Future[T]) -> None:
+    if waiting.done():
+        return
+    if done.cancelled():
+        waiting.cancel()
+    elif error := done.exception():
+        waiting.set_exception(error)
+    else:
+        waiting.set_result(done.result())
+
+
+class Wire:
+    """Requests to one server, at most ``limit`` generations at once; what steers the server never queues behind them."""
+
+    def __init__(self, url: str, *, limit: int, attempts: int, bounded: tuple[str, ...] = ("/generate",)) -> None:
         import httpx
 
         self.url, self._attempts = url.rstrip("/"), attempts
         pool = httpx.Limits(max_connections=limit + 4, max_keepalive_connections=limit + 4)
         self._client = httpx.AsyncClient(base_url=self.url, limits=pool, timeout=None, trust_env=False)
-        self._places = asyncio.Semaphore(limit)
+        self._places, self._bounded = asyncio.Semaphore(limit), bounded
         self.retried = 0
         """Requests that were sent again."""
 
@@ -72,35 +113,60 @@ class Wire:
         """The JSON object at ``path``. Raises BackendError."""
         return await self._often("GET", path, None, timeout, path)
 
-    async def post(self, path: str, body: Any, *, timeout: float, name: str = "", attempts: int | None = None) -> dict[str, Any]:
-        """The JSON object that answers ``body``; ``name`` is what errors call the request. Raises BackendError."""
-        return await self._often("POST", path, body, timeout, name or path, attempts)
+    async def post(
+        self,
+        path: str,
+        body: Any | Callable[[], Any],
+        *,
+        timeout: float,
+        name: str = "",
+        attempts: int | None = None,
+        headers: dict[str, str] | None = None,
+        heard: Heard | None = None,
+    ) -> dict[str, Any]:
+        """The JSON object that answers ``body``, or what ``body()`` makes for each attempt; ``name`` is what errors call the request.
+        ``heard`` is told of every object of an answer that comes as server-sent events, of which the last one counts; an answer that is
+        cut off begins anew. Raises BackendError.
+        """
+        return await self._often("POST", path, body, timeout, name or path, attempts, headers, heard)
 
-    async def _often(self, method: str, path: str, body: Any, timeout: float, name: str, attempts: int | None = None) -> dict[str, Any]:
-        deadline, attempts = time.monotonic() + timeout, attempts or self._attempts
+    async def _often(
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        timeout: float,
+        name: str,
+        attempts: int | None = None,
+        headers: dict[str, str] | None = None,
+        heard: Heard | None = None,
+    ) -> dict[str, Any]:
+        deadline, attempts, cuts = time.monotonic() + timeout, attempts or self._attempts, 0
         for attempt in range(attempts):
             try:
-                async with self._places:
-                    return await self._once(method, path, body, deadline - time.monotonic(), name)
+                async with self._places if path in self._bounded else nullcontext():
+                    request = self._client.build_request(method, path, json=body() if callable(body) else body, headers=headers)
+                    return await self._once(request, deadline - time.monotonic(), name, heard)
             except BackendUnavailable as error:
+                cuts += isinstance(error, _CutOff)
                 wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.5)
-                if attempt + 1 == attempts or time.monotonic() + wait >= deadline:
+                if attempt + 1 == attempts or cuts == CUTS or time.monotonic() + wait >= deadline:
                     raise BackendUnavailable(f"{error}; tried {attempt + 1} times") from error
                 self.retried += 1
                 await asyncio.sleep(wait)
         raise AssertionError("unreachable")
 
-    async def _once(self, method: str, path: str, body: Any, timeout: float, name: str) -> dict[str, Any]:
+    async def _once(self, request: Any, timeout: float, name: str, heard: Heard | None) -> dict[str, Any]:
         import httpx
 
         try:
-            answer = await asyncio.wait_for(self._client.request(method, path, json=body), max(timeout, 0.001))
+            answer = await asyncio.wait_for(self._sent(request, heard), max(timeout, 0.001))
         except asyncio.TimeoutError as error:
             raise BackendTimeout(f"the server {self.url} did not answer {name} within its deadline") from error
+        except httpx.ConnectError as error:
+            raise BackendUnavailable(f"the server {self.url} cannot be reached for {name}: {error}".rstrip(": ")) from error
         except httpx.HTTPError as error:
-            raise BackendUnavailable(
-                f"the server {self.url} cannot be reached for {name}: {type(error).__name__} {error}".rstrip()
-            ) from error
+            raise _CutOff(f"the server {self.url} cut off {name}: {type(error).__name__} {error}".rstrip()) from error
         if answer.status_code in PASSING:
             raise BackendUnavailable(f"the server {self.url} answered {name} with {answer.status_code}: {answer.text[:300]!r}")
         if answer.status_code >= 500:
@@ -114,6 +180,24 @@ class Wire:
         if not isinstance(found, dict):
             raise BackendError(f"expected a JSON object from {self.url} for {name}, got {type(found).__name__} {answer.text[:100]!r}")
         return found
+
+    async def _sent(self, request: Any, heard: Heard | None) -> Any:
+        if heard is None:
+            return await self._client.send(request)
+        import httpx
+
+        answer, last = await self._client.send(request, stream=True), ""
+        try:
+            if answer.status_code != 200:
+                await answer.aread()
+                return answer
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    last = line.removeprefix("data: ")
+                    heard(json.loads(last))
+            return httpx.Response(200, text=last)
+        finally:
+            await answer.aclose()
 
     async def aclose(self) -> None:
         await self._client.aclose()

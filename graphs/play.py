@@ -3,7 +3,8 @@
 An episode that breaks is recorded as failed and the others go on; only a run folder that cannot be written ends the whole
 play. Ctrl-C ends it too: what was finished is on disk already, what was under way is recorded as cancelled. With ``resume`` a
 run is continued: whatever ended well is neither repeated nor lost, the rest is played again with the next attempt number and
-the same seed.
+the same seed. Where an engine could not be reached or did not answer in time, ``retries`` plays the episode again at once, as a
+whole; ``deadline`` bounds an attempt however its calls fare. Each attempt is a trace of its own.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from monologue.agents.policy import Policy
+from monologue.agents.policy import Policy, Usage
 from monologue.agents.tools import Toolbox
+from monologue.backends.base import BackendTimeout, BackendUnavailable
 from monologue.graphs.controls import CONTROLS, other_questions, partners
 from monologue.graphs.oracle import Seat
 from monologue.graphs.registry import Graph, find
@@ -36,6 +39,12 @@ if TYPE_CHECKING:
 STEPS_PER_TURN = 3
 DRAWN = 64
 """Problems whose pictures are kept."""
+PASSING = (BackendUnavailable, BackendTimeout)
+"""Failures after which an episode may be played again."""
+
+
+class EpisodeTimeout(Exception):
+    """An episode took longer than its deadline."""
 
 
 @dataclass(frozen=True)
@@ -63,29 +72,42 @@ class Table:
     toolbox: Toolbox
     control: str | None
     partners: Mapping[str, Problem] = field(default_factory=dict)
+    deadline: float | None = None
+    retries: int = 0
     drawn: dict[str, tuple[Picture, ...]] = field(default_factory=dict)
     """Pictures of the latest problems: a group shares them."""
 
     async def episode(self, job: Job) -> Played:
-        """Plays, records and scores one episode. A failure is returned, not raised; RunError and cancellation propagate."""
+        """Plays, records and scores one episode, again where that may help; the last attempt is returned."""
+        for again in range(self.retries + 1):
+            last, passing = await self._attempt(replace(job, attempt=job.attempt + again))
+            if not passing:
+                break
+        return last
+
+    async def _attempt(self, job: Job) -> tuple[Played, bool]:
+        """One attempt, and whether it failed for a reason that may pass. Failures are returned; RunError and cancellation propagate."""
         started = time.perf_counter()
         try:
-            outcome, tokens = await self._run(job)
+            outcome, usage = await self._run(job)
         except RunError:
             raise
         except Exception as error:
             seconds, failure = time.perf_counter() - started, f"{type(error).__name__}: {error}"
-            return replace(played(job.problem, job.sample, job.attempt, "failed"), seconds=seconds, error=failure)
-        return replace(
+            failed = replace(played(job.problem, job.sample, job.attempt, "failed"), seconds=seconds, error=failure)
+            return failed, isinstance(error, PASSING)
+        ended = replace(
             played(job.problem, job.sample, job.attempt, "ok"),
             answer=outcome.get("answer"),
             score=self.judge(job.problem, outcome.get("answer")),
             turns=len(outcome.get("dialogue", ())),
-            tokens=tokens,
+            tokens=sum(calls[-1].total for calls in usage if calls),
+            usage=tuple(call for calls in usage for call in calls),
             seconds=time.perf_counter() - started,
         )
+        return ended, False
 
-    async def _run(self, job: Job) -> tuple[Mapping[str, Any], int]:
+    async def _run(self, job: Job) -> tuple[Mapping[str, Any], list[list[Usage]]]:
         problem, partner = job.problem, self.partners.get(job.problem.id)
         with self._record(job, partner) as record:
             context = Context(
@@ -99,12 +121,25 @@ class Table:
             )
             limit = STEPS_PER_TURN * self.max_turns + 10
             start = {"question": problem.question, "choices": list(problem.choices)}
-            outcome = await self.graph.compiled().ainvoke(start, context=context, config={"recursion_limit": limit})
+            outcome = await self._in_time(self.graph.compiled().ainvoke(start, context=context, config={"recursion_limit": limit}))
             score = self.judge(problem, outcome.get("answer"))
             if score is not None:
                 record.annotate(name="exact_match", value=score, scope="episode", source=f"task:{problem.task}")
             record.finish(answer=outcome.get("answer"))
-        return outcome, sum(len(stream.ids) for stream in context.streams.values())
+        return outcome, [stream.usage for stream in context.streams.values()]
+
+    async def _in_time(self, episode: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+        """Its outcome. Raises EpisodeTimeout where it is not there by the deadline; whatever was under way is cancelled then."""
+        task = asyncio.ensure_future(episode)
+        try:
+            done, _ = await asyncio.wait([task], timeout=self.deadline)
+            if done:
+                return task.result()
+            raise EpisodeTimeout(f"the episode did not end within its deadline of {self.deadline:g} s")
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
 
     def _pictures(self, record: EpisodeRecorder, problem: Problem) -> tuple[Picture, ...]:
         """Painted and stored for the first episode of a problem, and at hand for the others that follow."""
@@ -169,20 +204,31 @@ async def aplay(
     control: str | None = None,
     tools: Sequence[BaseTool] = (),
     score: Callable[[Problem, str | None], float] = exact_match,
+    deadline: float | None = None,
+    retries: int = 0,
     config: Mapping[str, Any] | None = None,
     listener: Callable[[Record], None] | None = None,
     capture: Capture = "all",
     redact: Redact | None = None,
+    part: tuple[int, int] = (0, 1),
+    ended: Callable[[Played], None] | None = None,
 ) -> Summary:
     """Plays ``samples`` episodes of each problem into the run folder and returns what came of them.
 
-    ``max_turns`` bounds the actions of the seat that concludes. ``score`` is the task's rule. ``config`` is kept in run.json.
-    ``listener`` is told of each record once it is on disk. ``capture="shape"`` keeps text, ids and pictures off the disk, ``redact``
-    sees every text before it is written.
+    ``max_turns`` bounds the actions of the seat that concludes. ``score`` is the task's rule. ``deadline`` (seconds) bounds an
+    attempt; ``retries`` is how often an episode is played again whose engine could not be reached or did not answer. ``config`` is
+    kept in run.json. ``listener`` is told of each record once it is on disk. ``capture="shape"`` keeps text, ids and pictures off
+    the disk, ``redact`` sees every text before it is written. ``part=(k, n)`` plays every n-th problem from the k-th on, so that n
+    processes or machines share a run. ``ended`` is told what came of each episode.
     Raises GraphError for what does not fit together, RunError where the run cannot be written.
     """
     chosen = find(graph) if isinstance(graph, str) else graph
-    _check(chosen, seats, control, samples, concurrency, max_turns)
+    _check(chosen, seats, control, samples=samples, concurrency=concurrency, max_turns=max_turns)
+    first, step = part
+    if not 0 <= first < step:
+        raise GraphError(f"part must be (k, n) with 0 <= k < n, got {part!r}")
+    if retries < 0 or (deadline is not None and deadline <= 0):
+        raise GraphError(f"expected retries of 0 or more and a deadline above 0 s, got {retries!r} and {deadline!r}")
     if capture not in ("all", "shape"):
         raise GraphError(f"capture must be 'all' or 'shape', got {capture!r}")
     problems = list(problems) if control else problems
@@ -202,17 +248,21 @@ async def aplay(
     done = earlier(run, settings) if resume else {}
     writer = run if isinstance(run, RunWriter) else RunWriter(Path(run), settings, resume=resume)
     writer.listener = listener or writer.listener
-    table = Table(chosen, seats, Recorder(writer, capture=capture, redact=redact), score, seed, max_turns, Toolbox(tools), control, pairs)
+    recorder = Recorder(writer, capture=capture, redact=redact)
+    table = Table(chosen, seats, recorder, score, seed, max_turns, Toolbox(tools), control, pairs, deadline, retries)
     summary = Summary()
-    total = len(problems) * samples if isinstance(problems, Sized) else None
+    total = len(range(first, len(problems), step)) * samples if isinstance(problems, Sized) else None
+    mine = islice(problems, first, None, step)
     try:
         with progress_bar(progress, chosen.name, total) as advance:
 
-            def ended(episode: Played, earlier: bool = False) -> None:
+            def note(episode: Played, earlier: bool = False) -> None:
                 summary.add(episode, earlier)
                 advance(episode)
+                if ended is not None:
+                    ended(episode)
 
-            await _all(concurrency, _jobs(problems, samples, done, table, ended), table, ended)
+            await _all(concurrency, _jobs(mine, samples, done, table, note), table, note)
     finally:
         if writer is not run:
             writer.close()
@@ -226,14 +276,14 @@ def _named(seat: Seat) -> str:
     return f"{seat.policy_id}@{seat.backend.facts.weights_version}"
 
 
-def _check(graph: Graph, seats: Mapping[str, Seat], control: str | None, samples: int, concurrency: int, max_turns: int) -> None:
+def _check(graph: Graph, seats: Mapping[str, Seat], control: str | None, **counts: int) -> None:
     missing, extra = set(graph.roles) - set(seats), set(seats) - set(graph.roles)
     if missing:
         raise GraphError(f"graph {graph.name!r} needs a policy for {', '.join(sorted(missing))}; got {sorted(seats)}")
     if extra:
         raise GraphError(f"graph {graph.name!r} has no seat for {', '.join(sorted(extra))}; its seats are {', '.join(graph.roles)}")
     check_control(graph, control)
-    for name, value in (("samples", samples), ("concurrency", concurrency), ("max_turns", max_turns)):
+    for name, value in counts.items():
         if value < 1:
             raise GraphError(f"{name} must be at least 1, got {value!r}")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from monologue.agents.policy import Usage
 from monologue.graphs.state import GraphError
 from monologue.tasks.base import Problem, Score, summarize
 from monologue.traces import names
@@ -44,6 +46,8 @@ class Played:
     """Calls of policies and tools."""
     tokens: int = 0
     """Length of all streams together, prompts and sampled ids."""
+    usage: tuple[Usage, ...] = ()
+    """Length and cached part of each call."""
     seconds: float = 0.0
     """Wall time, waiting for the engine included."""
     error: str | None = None
@@ -82,6 +86,15 @@ class Summary:
     def score(self) -> Score:
         """Accuracy over the scored episodes, with its standard error and chance. Raises ValueError where there are none."""
         return _score(self.episodes)
+
+    def cached(self) -> dict[int, float]:
+        """Share of prompt tokens that engines had in a cache, by number of the call in its stream from 0; empty where none says."""
+        said = [call for episode in self.episodes for call in episode.usage if call.cached is not None]
+        prompts, held = Counter[int](), Counter[int]()
+        for call in said:
+            prompts[call.turn] += call.prompt
+            held[call.turn] += call.cached or 0
+        return {turn: held[turn] / prompts[turn] for turn in sorted(prompts)}
 
     def by_family(self) -> dict[str, Score]:
         """One Score per question family, in name order."""
@@ -135,8 +148,11 @@ def earlier(run: str | Path | RunWriter, settings: Mapping[str, Any]) -> dict[tu
 def _ended(episode: Episode) -> Played:
     start, end = episode.start, episode.end
     assert end is not None
-    counted = [span.attributes for span in episode.spans if names.INPUT_TOKENS in span.attributes]
+    counted: list[Mapping[str, Any]] = [span.attributes for span in episode.spans if names.INPUT_TOKENS in span.attributes]
     lengths = {facts[names.STREAM]: int(facts[names.INPUT_TOKENS]) + int(facts[names.OUTPUT_TOKENS]) for facts in counted}
+    usage = tuple(
+        Usage(facts[names.TURN], facts[names.INPUT_TOKENS], facts[names.OUTPUT_TOKENS], facts.get(names.CACHED_TOKENS)) for facts in counted
+    )
     scores = [note.value for note in episode.annotations if note.name == "exact_match" and note.span_id is None]
     return Played(
         problem_id=start.problem_id,
@@ -149,6 +165,7 @@ def _ended(episode: Episode) -> Played:
         score=scores[-1] if scores else None,
         turns=end.turns,
         tokens=sum(lengths.values()),
+        usage=usage,
         seconds=(end.ended_ns - start.started_ns) / 1e9,
     )
 

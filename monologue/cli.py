@@ -56,6 +56,7 @@ def _seats(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-tokens", type=int, help="sampled tokens per turn at most (default: 64)")
     command.add_argument("--max-turns", type=int, default=8, help="actions of the concluding seat at most")
     command.add_argument("--concurrency", type=int, default=64, help="episodes at once")
+    command.add_argument("--processes", type=int, default=1, help="processes that share the episodes, each with its own engines")
     command.add_argument("--seed", type=int, default=0)
 
 
@@ -72,6 +73,8 @@ def _play(command: argparse.ArgumentParser) -> None:
     command.add_argument("--capture", choices=("all", "shape"), default="all", help="shape: no text, token ids or pictures on disk")
     command.add_argument("--otlp", metavar="URL", help="send each finished episode to this collector, e.g. http://127.0.0.1:6006")
     exports.add_collector(command)
+    command.add_argument("--deadline", type=float, metavar="SECONDS", help="an episode that takes longer fails (default: none)")
+    command.add_argument("--retries", type=int, default=0, metavar="N", help="play an episode again whose engine was lost or late")
     command.add_argument("--no-resume", action="store_true", help="refuse a run folder that exists")
     command.add_argument("--image", type=Path, metavar="FILE", help="your own picture")
     command.add_argument("--question", metavar="TEXT", help="your own question about --image")
@@ -133,10 +136,14 @@ def _port(text: str) -> int:
 def _serve(command: argparse.ArgumentParser) -> None:
     command.add_argument("--questioner", default="starter", metavar="MODEL", help="'starter', a folder or Hub name, or 'none'")
     command.add_argument("--answerer", default="starter", metavar="MODEL", help="'starter', a folder or Hub name, or 'none'")
-    command.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    command.add_argument("--tiny", action="store_true", help="the shipped policies on this machine's CPU (tests_real/install_sglang.sh)")
+    command.add_argument("--replicas", type=int, default=1, metavar="N", help="servers of each role, which share its episodes")
+    command.add_argument("--gpus", metavar="IDS", help="dealt out to the servers in turn, e.g. 0,1 (default: all on the first)")
+    command.add_argument("--lora-rank", type=int, default=0, metavar="N", help="take LoRA adapters up to this rank (default: none)")
+    command.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda")
     command.add_argument("--dtype", default="", help="default: bfloat16 on a GPU, float32 on a CPU")
-    command.add_argument("--python", default=sys.executable, metavar="FILE", help="the Python in which sglang is installed")
-    command.add_argument("--port", type=int, metavar="N", help="of the first server; the second has the next one (default: free ones)")
+    command.add_argument("--python", metavar="FILE", help="the Python in which sglang is installed (default: this one)")
+    command.add_argument("--port", type=int, metavar="N", help="of the first server; the others have the next ones (default: free ones)")
     command.add_argument(
         "--flag", action="append", default=[], metavar="TEXT", help="a further flag of sglang.launch_server, e.g. --flag=--tp=2"
     )

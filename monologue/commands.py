@@ -55,19 +55,14 @@ def play(options: argparse.Namespace) -> int:
     task = task_of(options)
     problems = problems_of(options, task)
     from monologue.exports import listeners
-    from monologue.graphs.play import play as play_graph
     from monologue.live import Live
-    from monologue.seating import check_sayable, config_of, seats
+    from monologue.seating import config_of, player
 
     options.out = out = options.out or new_run(options.graph)
     shown = Live(out) if options.live else None
-    with listeners(out, shown, options) as listener, seats(options.graph, options) as taken:
-        if own_problem_asked(options):
-            check_sayable(problems[0], taken)
-        summary = play_graph(
-            options.graph,
+    with listeners(out, shown, options) as listener, player(options.graph, options) as play_all:
+        summary = play_all(
             problems,
-            taken,
             out,
             samples=options.samples,
             concurrency=1 if options.live else options.concurrency,
@@ -77,6 +72,8 @@ def play(options: argparse.Namespace) -> int:
             score=task.score,
             progress=not options.live,
             resume=not options.no_resume,
+            deadline=options.deadline,
+            retries=options.retries,
             config=config_of(options),
             listener=listener,
             capture=options.capture,
@@ -147,6 +144,8 @@ def report(summary: Summary, out: Path, options: argparse.Namespace) -> None:
         console.print(f"failed: {episode.problem_id}: {escape(clean(episode.error or 'unknown'))}")
     kept = f", {summary.skipped} of them from before" if summary.skipped else ""
     console.print(f"{summary.ok} episodes ended well{kept}, {len(summary.failed)} failed")
+    if cached := summary.cached():
+        console.print("prompt tokens from cache, by turn: " + ", ".join(f"{turn + 1}: {share:.0%}" for turn, share in cached.items()))
     console.print(f"trace: {escape(str(out))}", soft_wrap=True)
     console.print(f"look:  monologue view {escape(str(out))}", soft_wrap=True)
     console.print(f"check: monologue verify {escape(str(out))}", soft_wrap=True)

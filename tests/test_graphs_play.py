@@ -21,7 +21,7 @@ from monologue.agents.chat import ChatCodec
 from monologue.agents.codec import TinyCodec
 from monologue.agents.messages import Conclude, Look, Message, Reply
 from monologue.agents.policy import Policy
-from monologue.backends.base import BackendError, Sampling
+from monologue.backends.base import BackendError, BackendTimeout, BackendUnavailable, Generation, Prompt, Sampling
 from monologue.backends.scripted import Request, ScriptedBackend
 from monologue.backends.tokens import ByteTokenizer
 from monologue.graphs.controls import partners
@@ -394,3 +394,59 @@ def test_dialogues_need_no_tokenizer_library(tmp_path: Path) -> None:
     seats: dict[str, Seat] = {"questioner": oracle(codec), "answerer": oracle(codec, eyes)}
     assert play("monologue", problems(10), seats, tmp_path / "run").score().accuracy == 1
     assert codec.parse(codec.action_ids(Reply("b2"))) == Reply("b2")
+
+
+class Slow:
+    """An engine that answers when it is told to, or fails so often before it does."""
+
+    def __init__(self, failures: list[Exception], seconds: float = 0.0) -> None:
+        self.engine, self.failures, self.seconds, self.cancelled = (
+            ScriptedBackend(lambda request: "red", tiny_tokenizer()),
+            failures,
+            seconds,
+            0,
+        )
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.engine, name)
+
+    async def generate(self, prompt: Prompt, sampling: Sampling) -> Generation:
+        try:
+            await asyncio.sleep(self.seconds)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.failures:
+            raise self.failures.pop()
+        return replace(await self.engine.generate(prompt, sampling), cached_tokens=len(prompt.ids) // 2)
+
+
+def test_an_episode_past_its_deadline_fails_and_says_so_and_its_call_is_cancelled(tmp_path: Path) -> None:
+    engine = Slow([], seconds=60.0)
+    summary = play("blind", problems(3), {"questioner": Policy(engine, CODEC)}, tmp_path / "run", deadline=0.2)  # type: ignore[arg-type]
+    assert [episode.status for episode in summary.episodes] == ["failed"] * 3 and engine.cancelled == 3
+    ends = [episode.end for episode in RunReader(tmp_path / "run").episodes()]
+    assert [(end.status, end.error) for end in ends if end] == [
+        ("failed", "EpisodeTimeout: the episode did not end within its deadline of 0.2 s")
+    ] * 3
+    with pytest.raises(GraphError, match="deadline"):
+        play("blind", problems(1), {"questioner": Policy(engine, CODEC)}, tmp_path / "no", deadline=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("error", "attempts"), [(BackendUnavailable("gone"), 2), (BackendTimeout("late"), 2), (BackendError("broken"), 1)])
+def test_an_episode_whose_engine_was_lost_is_played_again_as_a_whole(tmp_path: Path, error: Exception, attempts: int) -> None:
+    seats = {"questioner": Policy(Slow([error]), CODEC)}  # type: ignore[arg-type]
+    summary = play("blind", problems(1), seats, tmp_path / "run", retries=1)
+    found = [(episode.start.attempt, episode.end.status if episode.end else None) for episode in RunReader(tmp_path / "run").episodes()]
+    assert found == [(0, "failed"), (1, "ok")][:attempts] and len(summary.failed) == 2 - attempts
+    assert all(check.ok for check in verify(tmp_path / "run")) == (attempts == 2)
+
+
+def test_the_summary_tells_the_cached_share_of_each_turn_also_after_a_resume(tmp_path: Path) -> None:
+    seats = {"questioner": Policy(Slow([]), CODEC)}  # type: ignore[arg-type]
+    for _ in range(2):
+        summary = play("blind", problems(3), seats, tmp_path / "run")
+        calls = [call for episode in RunReader(tmp_path / "run").episodes() for call in episode.calls()]
+        halves = sum(len(call.prompt_ids) // 2 for call in calls)
+        assert summary.cached() == {0: halves / sum(len(call.prompt_ids) for call in calls)}
+    assert play("monologue", problems(2), oracles(), tmp_path / "other").cached() == {}

@@ -334,3 +334,15 @@ def test_time_runs_forward_in_spans(tmp_path: Path) -> None:
     (episode,) = RunReader(tmp_path / "run").episodes()
     stamps = [stamp for span in episode.spans for stamp in (span.start_ns, span.end_ns)]
     assert stamps == sorted(stamps) and before <= stamps[0]
+
+
+def test_a_call_says_who_answered_in_what_numbers_and_which_weights_sampled_which_token(tmp_path: Path) -> None:
+    swapped = (("step-1", 0, 1), ("step-2", 1, 2))
+    with begin(Recorder(RunWriter(tmp_path / "r"))) as episode:
+        for more in ({"server": "http://10.0.0.7:30000", "dtype": "bfloat16", "weights": swapped}, {"server": "https://x/y"}, {}):
+            with episode.policy(role="questioner", node="ask") as span:
+                span.record(**facts((1, 2, 3), (7, 8), **more))
+        episode.finish(answer="a")
+    calls = [call for one in RunReader(tmp_path / "r").episodes() for call in one.calls()]
+    assert [call.server for call in calls] == ["10.0.0.7:30000", "x:443", None]
+    assert [call.dtype for call in calls] == ["bfloat16", None, None] and [call.weights for call in calls] == [swapped, (), ()]

@@ -18,7 +18,7 @@ from monologue.agents.codec import TinyCodec
 from monologue.agents.load import load_policy
 from monologue.agents.messages import Message, Reply
 from monologue.agents.policy import Policy
-from monologue.backends.base import Picture, Sampling
+from monologue.backends.base import Picture, Prompt, Sampling
 from monologue.backends.hf import HFBackend
 from monologue.cli import main
 from monologue.graphs.nodes import Step, policy_node
@@ -29,6 +29,7 @@ from monologue.seating import starter
 from monologue.tasks.shapes import Shapes
 from monologue.traces import names
 from monologue.traces.codes import pack_floats, pack_ids, unpack_floats, unpack_ids
+from monologue.traces.schema import PolicyCall
 from monologue.traces.store import RunReader
 from monologue.traces.verify import Check, verify
 from monologue.training.replay import Weights, areplay, replay
@@ -256,6 +257,45 @@ def test_crops_and_many_pictures_in_one_stream_replay(tmp_path: Path) -> None:
     calls = [call for episode in RunReader(tmp_path / "run").episodes() for call in episode.calls()]
     assert max(len(call.images) for call in calls) == 5 and len({(i.width, i.height) for call in calls for i in call.images}) == 3
     assert not broken(tmp_path / "run")
+
+
+def test_a_call_in_whose_middle_the_weights_changed_is_replayed_by_each_version(run: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    other = Path(shutil.copytree(starter("questioner"), tmp_path / "other"))
+    moved = {name: value * 1.02 for name, value in load_file(other / "model.safetensors").items()}
+    save_file(moved, other / "model.safetensors", metadata={"format": "pt"})
+    calls = {call.span_id: call for episode in RunReader(run).episodes() for call in episode.calls()}
+
+    async def rescored(call: PolicyCall) -> tuple[float, ...]:
+        engine = HFBackend(other)
+        found = await engine.score(Prompt(call.prompt_ids), call.sampled_ids, HOT)
+        await engine.aclose()
+        return found
+
+    def swap(records: list[dict[str, Any]]) -> str:
+        span = next(policy_spans(records))
+        call = calls[span["span_id"]]
+        late = asyncio.run(rescored(call))
+        span["attributes"][names.SAMPLED_LOGPROBS] = pack_floats((*(call.sampled_logprobs or ())[:2], *late[2:]))
+        parts = [(call.weights_version, 0, 2), ("step-1", 2, len(late))]
+        span["attributes"][names.WEIGHTS_BY_TOKEN], span["attributes"][names.WEIGHTS] = json.dumps(parts), "step-1"
+        return str(span["span_id"])
+
+    place = edit(run, swap)
+    read = {call.span_id: call for episode in RunReader(run).episodes() for call in episode.calls()}
+    assert [version for version, _, _ in read[place].weights] == [calls[place].weights_version, "step-1"]
+    given = {"questioner@step-1": str(other)}
+    assert broken(run, engines=Weights(run, given)) == {}
+    assert broken(run)["facts"].span == place
+
+    def misshare(records: list[dict[str, Any]]) -> str:
+        span = next(policy_spans(records))
+        span["attributes"][names.WEIGHTS_BY_TOKEN] = json.dumps([["base", 0, 1], ["step-1", 2, 99]])
+        return str(span["span_id"])
+
+    edit(run, misshare)
+    assert "share out" in str(broken(run, engines=Weights(run, given))["facts"].detail)
 
 
 def test_swapping_the_picture_moves_nothing_where_pixels_are_ignored(run: Path) -> None:

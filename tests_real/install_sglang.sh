@@ -8,5 +8,5 @@ if [ -f "$venv/installed" ] && [ "$venv/installed" -nt tests_real/sglang-require
 "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0
 "$venv/bin/pip" install --quiet --disable-pip-version-check -r tests_real/sglang-requirements.txt
-"$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps sglang==0.5.21 torchvision==0.28.0
+"$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps sglang==0.5.21 torchvision==0.28.0 sglang-router==0.3.2
 touch "$venv/installed"

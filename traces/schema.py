@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict
 
@@ -250,6 +251,14 @@ class PolicyCall:
     """Prompt tokens that the engine had in a cache; None where it does not say."""
     failed: bool
     """An exception left the call's step after it had sampled; whatever followed did not follow from it."""
+    weights: tuple[tuple[str, int, int], ...] = ()
+    """(version, first, end) of the sampled ids where the weights changed in the middle; empty where one version sampled all, which is
+    then ``weights_version``, else the last of these.
+    """
+    server: str | None = None
+    """Host and port that answered; None in process."""
+    dtype: str | None = None
+    """Numbers that the engine computes in; None where it does not say."""
 
 
 def attributes_of(call: Mapping[str, Any]) -> dict[str, Attribute]:
@@ -272,6 +281,7 @@ def attributes_of(call: Mapping[str, Any]) -> dict[str, Attribute]:
         names.OUTPUT_MESSAGES: _said(call["output"], call["finish_reason"]),
         names.POLICY: call["policy_id"],
         names.WEIGHTS: call["weights_version"],
+        names.WEIGHTS_BY_TOKEN: json.dumps(call["weights"]) if call.get("weights") else None,
         names.TRAINABLE: call["trainable"],
         names.PROMPT_DELTA: pack_ids(call["prompt_delta"]),
         names.PROMPT_LENGTH: call["prompt_length"],
@@ -282,6 +292,8 @@ def attributes_of(call: Mapping[str, Any]) -> dict[str, Attribute]:
         names.LOSS_MASK: pack_bytes(call["loss_mask"]),
         names.ENGINE: call["engine"],
         names.ENGINE_VERSION: call["engine_version"],
+        names.DTYPE: call.get("dtype"),
+        **_address(call.get("server")),
         names.TOKENIZER: call["tokenizer_hash"],
         names.TEMPLATE: call["template_hash"],
         names.TRUNCATED: call["truncated"],
@@ -291,6 +303,14 @@ def attributes_of(call: Mapping[str, Any]) -> dict[str, Attribute]:
         names.PARSE_ERROR: call["parse_error"],
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _address(url: str | None) -> dict[str, Attribute | None]:
+    """Host and port of a server, as OpenTelemetry names them."""
+    if not url:
+        return {}
+    parts = urlsplit(url)
+    return {names.SERVER: parts.hostname, names.PORT: parts.port or (443 if parts.scheme == "https" else 80)}
 
 
 def _said(text: str, finish: str) -> str:
@@ -362,4 +382,7 @@ def _call(span: SpanRecord, streams: Mapping[str, tuple[int, ...]]) -> PolicyCal
         parse_error=a.get(names.PARSE_ERROR),
         cached_tokens=a.get(names.CACHED_TOKENS),
         failed=span.status == "error",
+        weights=tuple((version, first, end) for version, first, end in json.loads(a.get(names.WEIGHTS_BY_TOKEN, "[]"))),
+        server=f"{a[names.SERVER]}:{a[names.PORT]}" if names.SERVER in a else None,
+        dtype=a.get(names.DTYPE),
     )

@@ -10,9 +10,11 @@ in place of 0.001; log-probs off by one: KL 60), and none of those raised an err
     off by one   shifting the recorded log-probs by one place must fit worse
     image swap   another picture must change the log-probs of most calls, else nobody looked
 
-A call without recorded log-probs (an oracle's, a hosted chat model's) has nothing to recompute and is counted as such. A token on the
-very edge of a nucleus may fall to the other side by rounding; such a call is tried again with top_p moved by 1e-5 either way.
-Left out: engines over the network, which are asked through the same protocol once their client exists.
+A call in whose middle the weights changed (``PolicyCall.weights``) is recomputed by each version, and each answers for its own tokens; that
+is exact where the engine computed the context anew for the new weights, as ours are told to. A call without recorded log-probs (an
+oracle's, a hosted chat model's) has nothing to recompute and is counted as such. A token on the very edge of a nucleus may fall to the
+other side by rounding; such a call is tried again with top_p moved by 1e-5 either way.
+Left out: replay by an engine over the network, which scores untempered distributions only; what a server sampled is replayed in process.
 """
 
 from __future__ import annotations
@@ -227,7 +229,7 @@ async def _one(reader: RunReader, engines: Engines, call: PolicyCall, found: Rep
         engine = engines(call)
         pictures = tuple(Picture(image.sha256, reader.picture(image.sha256)) for image in call.images)
         found.faults.extend((call.span_id, fault) for fault in _strange(engine, call, pictures))
-        new, edge = await _recompute(engine, call, pictures, found.tolerance)
+        new, edge = await _by_version(engines, call, pictures, found.tolerance)
         swapped = None
         if pictures and len(found.swaps) < SWAPPED:
             swapped = await engine.score(Prompt(call.prompt_ids, tuple(map(_other, pictures))), call.sampled_ids, _sampling(call))
@@ -248,16 +250,34 @@ async def _one(reader: RunReader, engines: Engines, call: PolicyCall, found: Rep
         found.swaps.append((min(CEILING, max(_gaps(swapped, new))), call.span_id))
 
 
-async def _recompute(engine: Backend, call: PolicyCall, pictures: tuple[Picture, ...], tolerance: float) -> tuple[tuple[float, ...], bool]:
-    """Log-probs by the engine, and whether they agree only with top_p moved by a hair."""
+async def _by_version(
+    engines: Engines, call: PolicyCall, pictures: tuple[Picture, ...], tolerance: float
+) -> tuple[tuple[float, ...], bool]:
+    """Log-probs of each sampled id by the weights that sampled it, and whether they agree only with top_p moved by a hair."""
+    n = len(call.sampled_ids)
+    parts = call.weights or ((call.weights_version, 0, n),)
+    if [0, *(end for _, _, end in parts)] != [*(first for _, first, _ in parts), n]:
+        raise ValueError(f"the versions {parts!r} do not share out the {n} sampled ids; a version's part begins where the last one's ends")
+    values, moved = list[float](), False
+    for version, first, end in parts:
+        engine = engines(replace(call, weights_version=version))
+        new, edge = await _recompute(engine, call, pictures, tolerance, slice(first, end))
+        values, moved = values + list(new[first:end]), moved or edge
+    return tuple(values), moved
+
+
+async def _recompute(
+    engine: Backend, call: PolicyCall, pictures: tuple[Picture, ...], tolerance: float, part: slice
+) -> tuple[tuple[float, ...], bool]:
+    """Log-probs by the engine, and whether those of ``part`` agree only with top_p moved by a hair."""
     prompt, sampling = Prompt(call.prompt_ids, pictures), _sampling(call)
     new = await engine.score(prompt, call.sampled_ids, sampling)
     old = call.sampled_logprobs or ()
-    if sampling.top_p >= 1 or not sampling.temperature or len(old) != len(new) or max(_gaps(old, new)) <= tolerance:
+    if sampling.top_p >= 1 or not sampling.temperature or len(old) != len(new) or max(_gaps(old[part], new[part])) <= tolerance:
         return new, False
     for top_p in (sampling.top_p - EDGE, min(1.0, sampling.top_p + EDGE)):
         again = await engine.score(prompt, call.sampled_ids, replace(sampling, top_p=top_p))
-        if max(_gaps(old, again)) <= tolerance:
+        if max(_gaps(old[part], again[part])) <= tolerance:
             return again, True
     return new, False
 

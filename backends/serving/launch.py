@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 from monologue.backends.base import BackendUnavailable
+from monologue.backends.places import fingerprint
 
 STANDINS = Path(__file__).parent / "cpu"
 ON_CPU = {
@@ -30,6 +31,8 @@ ON_CPU = {
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",
 }
+FLAGS = ("--skip-server-warmup", "--disable-fast-image-processor")
+"""On every device. Pictures become patches by the trainer's arithmetic; the fast processor's is off by a shade."""
 ON_ANY = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 CPU_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--grammar-backend", "none"),
@@ -45,6 +48,7 @@ CPU_FLAGS = (
         "64",
     ),
 )
+LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass
@@ -87,10 +91,17 @@ class Server:
 def command(
     model: str, port: int, *, python: str = sys.executable, device: str = "cuda", dtype: str = "", flags: Sequence[str] = ()
 ) -> list[str]:
-    """The command line of a server. ``flags`` come last, so they win."""
+    """The command line of a server, which names its weights by their content. ``flags`` come last, so they win."""
     base = [python, "-m", "sglang.launch_server", "--model-path", model, "--host", "127.0.0.1", "--port", str(port)]
-    own = ["--dtype", dtype or ("float32" if device == "cpu" else "bfloat16"), "--skip-server-warmup"]
+    base += ["--weight-version", fingerprint(model)]
+    own = ["--dtype", dtype or ("float32" if device == "cpu" else "bfloat16"), *FLAGS]
     return [*base, *own, *(CPU_FLAGS if device == "cpu" else ()), *flags]
+
+
+def lora_flags(rank: int, device: str = "cuda") -> list[str]:
+    """Flags of a server that takes adapters of every linear layer up to this rank; they cannot be changed once it runs."""
+    backend = ["--lora-backend", "torch_native"] if device == "cpu" else []
+    return ["--enable-lora", "--max-lora-rank", str(rank), "--lora-target-modules", *LORA_MODULES, *backend]
 
 
 def environment(device: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ import math
 from typing import Any, TypeVar
 
 import torch
-from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import nn
 from transformers import (
@@ -35,11 +35,17 @@ SIDE_PIXELS = 84
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the shapes world, lower case, punctuation apart. Ids are the order of SPECIALS, then VOCABULARY."""
+    """One token per word of the shapes world, lower case, punctuation apart. Ids are the order of SPECIALS, then VOCABULARY.
+
+    Text is words with a space between, but none inside ``<|vision_start|><|image_pad|><|vision_end|>``: SGLang decodes a prompt and looks
+    for these three as one piece, and where it does not find them it drops the picture without a word.
+    """
     table = {word: index for index, word in enumerate((*SPECIALS, *VOCABULARY))}
     core = Tokenizer(WordLevel(table, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")])
+    closed = decoders.Replace(Regex(r" (?=<\|(image_pad|video_pad|vision_end)\|>)"), "")
+    core.decoder = decoders.Sequence([decoders.WordPiece(prefix="\0", cleanup=False), decoders.Fuse(), closed])
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core,
