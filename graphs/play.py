@@ -27,8 +27,9 @@ from monologue.graphs.registry import Graph, find
 from monologue.graphs.state import Context, GraphError
 from monologue.graphs.summary import Earlier, Played, Summary, earlier, met_again, played, progress_bar
 from monologue.tasks.base import Problem, exact_match
+from monologue.traces.images import Picture
 from monologue.traces.privacy import Capture, Redact
-from monologue.traces.recorder import Recorder
+from monologue.traces.recorder import EpisodeRecorder, Recorder
 from monologue.traces.schema import Record
 from monologue.traces.store import RunError, RunWriter
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from langchain_core.tools import BaseTool
 
 STEPS_PER_TURN = 3
+DRAWN = 64
+"""Problems whose pictures are kept."""
 PASSING = (BackendUnavailable, BackendTimeout)
 """Failures after which an episode may be played again."""
 
@@ -71,6 +74,8 @@ class Table:
     partners: Mapping[str, Problem] = field(default_factory=dict)
     deadline: float | None = None
     retries: int = 0
+    drawn: dict[str, tuple[Picture, ...]] = field(default_factory=dict)
+    """Pictures of the latest problems: a group shares them."""
 
     async def episode(self, job: Job) -> Played:
         """Plays, records and scores one episode, again where that may help; the last attempt is returned."""
@@ -108,7 +113,7 @@ class Table:
             context = Context(
                 seats={role: self._seated(role, problem, partner or problem) for role in self.seats},
                 record=record,
-                pictures=tuple(record.store(picture()) for picture in (partner or problem).pictures),
+                pictures=self._pictures(record, partner or problem),
                 seed=_mix(self.seed, problem.id, job.sample),
                 max_turns=self.max_turns,
                 toolbox=self.toolbox,
@@ -135,6 +140,14 @@ class Table:
             if not task.done():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
+
+    def _pictures(self, record: EpisodeRecorder, problem: Problem) -> tuple[Picture, ...]:
+        """Painted and stored for the first episode of a problem, and at hand for the others that follow."""
+        if problem.id not in self.drawn:
+            if len(self.drawn) >= DRAWN:
+                del self.drawn[next(iter(self.drawn))]
+            self.drawn[problem.id] = tuple(record.store(picture()) for picture in problem.pictures)
+        return self.drawn[problem.id]
 
     def _record(self, job: Job, partner: Problem | None) -> Any:
         problem = job.problem
