@@ -20,7 +20,8 @@ from typing import Any
 
 from monologue.agents.codec import CodecError, Force, Ids, Schema, VisualTokens, visual_tokens
 from monologue.agents.messages import Action, Conclude, Look, Message, ParseFault, Reply, ToolUse, plain
-from monologue.agents.prompts import CHAT, CHOICES, HERMES, Wording
+from monologue.agents.prompts import CHAT, HERMES, Wording
+from monologue.agents.spoken import with_choices
 from monologue.backends.base import Picture
 from monologue.backends.tokens import template_hash, tokenizer_hash
 
@@ -119,7 +120,7 @@ class ChatCodec:
             said = plain(message.action)
             name = message.action.name if isinstance(message.action, ToolUse) else said.pop("kind")
             return _call(name, message.action.arguments if isinstance(message.action, ToolUse) else said)
-        text = message.text + (CHOICES.format(choices=", ".join(message.choices)) if message.choices else "")
+        text = with_choices(message)
         role = "user" if message.role == "tool" and not self._hears_tools else message.role
         return {"role": role, "content": self._content(self._disarmed(text), message.pictures)}
 
@@ -148,11 +149,13 @@ class ChatCodec:
 
     def _try(self, said: list[dict[str, Any]], tools: list[Schema] | None = None) -> str:
         """A rendering that the template may refuse: what it refuses, it does not know."""
-        from jinja2.exceptions import TemplateError
-
         try:
             return self._render(said, tools)
-        except TemplateError:
+        except Exception as refusal:
+            from jinja2.exceptions import TemplateError  # whoever has a template to fail has jinja2; hosted models have neither
+
+            if not isinstance(refusal, TemplateError):
+                raise
             return ""
 
     def _expand(self, ids: Ids, messages: Sequence[Message]) -> Ids:
@@ -198,6 +201,11 @@ def _read_call(call: str, text: str) -> Action | ParseFault:
         return ParseFault(f'a call is JSON with "name" and "arguments", got {call!r}.', text)
     if not isinstance(name, str) or not isinstance(arguments, dict):
         return ParseFault(f"name must be a string and arguments an object, got {call!r}.", text)
+    return read_call(name, arguments, text)
+
+
+def read_call(name: str, arguments: dict[str, Any], text: str) -> Action | ParseFault:
+    """The action that a call makes, or what is wrong with it; ``text`` is the reply that it stands in."""
     if name == "look":
         return _look(arguments, text)
     if name == "conclude":

@@ -7,28 +7,14 @@ guessed. torch and transformers are imported when a model is loaded, not before.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
-
-from PIL.Image import Image
+from typing import Any
 
 from monologue.agents.chat import ChatCodec
 from monologue.agents.codec import Codec, CodecError, TinyCodec, VisualTokens
 from monologue.agents.policy import Policy
 from monologue.backends.base import Backend, BackendError, Sampling
-from monologue.backends.pictures import Placeholders
+from monologue.backends.pictures import Eyes
 from monologue.backends.places import short
-
-
-class Eyes(Protocol):
-    """How an engine places pictures in a prompt; every engine that sees has these three."""
-
-    @property
-    def image_token_id(self) -> int | None: ...
-
-    @property
-    def processor_hash(self) -> str: ...
-
-    def placeholders(self, image: Image) -> Placeholders: ...
 
 
 def codec_for(tokenizer: Any, eyes: Eyes | None = None) -> Codec:

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from monologue.agents.codec import Codec, Force, Schema
 from monologue.agents.messages import Action, Message, ParseFault, plain, plain_message
-from monologue.backends.base import Backend, Generation, Picture, Prompt, Sampling
+from monologue.agents.spoken import Turn, grown, reply
+from monologue.backends.base import Backend, Generation, Picture, Prompt, Sampling, Spoken
 
 
 class CallSpan(Protocol):
@@ -67,6 +68,8 @@ class Stream:
         self.policy, self.role, self.seed = policy, role, seed
         self.ids: tuple[int, ...] = ()
         self.pictures: tuple[Picture, ...] = ()
+        self.turns: tuple[Turn, ...] = ()
+        """The same in words, for engines that take these."""
         self.calls = 0
         self.usage: list[Usage] = []
         """One entry a call."""
@@ -91,9 +94,9 @@ class Stream:
         codec = self.policy.codec
         new = codec.extend(messages, self._closed) if self.calls else codec.open(messages, tools)
         forced = codec.force(force) if force else ()
-        prompt = Prompt(
-            (*self.ids, *new, *forced), (*self.pictures, *(p for message in messages for p in message.pictures)), str(self.seed)
-        )
+        shown = (*self.pictures, *(picture for message in messages for picture in message.pictures))
+        spoken = Spoken(grown(self.turns, messages), tuple(tools), force)
+        prompt = Prompt((*self.ids, *new, *forced), shown, str(self.seed), spoken)
         sampling = replace(self.policy.sampling, stop_ids=codec.stop_ids, seed=self._draw())
         generation = await self.policy.backend.generate(prompt, sampling)
         self.ids, self.pictures = prompt.ids + generation.ids, prompt.pictures
@@ -101,6 +104,7 @@ class Stream:
         self.usage = [*self.usage, Usage(self.calls, len(prompt.ids), len(generation.ids), generation.cached_tokens)]
         self.calls, self.last = self.calls + 1, generation
         action = _of_kinds(codec.parse((*forced, *generation.ids)), kinds, codec.text(generation.ids))
+        self.turns = grown(spoken.turns, [reply(action)])
         self._record(span, prompt, sampling, generation, messages, action)
         return action
 
@@ -127,7 +131,7 @@ class Stream:
             sampled_ids=generation.ids,
             sampled_logprobs=generation.logprobs,
             loss_mask=bytes([1]) * len(generation.ids),
-            sampling=_settings(sampling, generation.seed),
+            sampling=_settings(sampling, generation.seed) if facts.logprobs else _UNKNOWN,
             engine=facts.engine,
             engine_version=facts.engine_version,
             server=generation.server,
@@ -139,6 +143,7 @@ class Stream:
             truncated=generation.finish_reason == "length",
             images=generation.images,
             cached_tokens=generation.cached_tokens,
+            reported=generation.reported,
             messages=[json.dumps(plain_message(message), ensure_ascii=False) for message in messages],
             action=None if isinstance(action, ParseFault) else json.dumps(plain(action), ensure_ascii=False),
             parse_error=action.reason if isinstance(action, ParseFault) else None,
@@ -154,6 +159,10 @@ def _settings(sampling: Sampling, seed: int | None) -> dict[str, Any]:
         "seed": seed,
         "max_tokens": sampling.max_tokens,
     }
+
+
+_UNKNOWN: dict[str, Any] = dict.fromkeys(("temperature", "top_p", "top_k", "seed", "max_tokens"))
+"""An engine that returns text only drew it as it saw fit, or drew nothing at all."""
 
 
 def _of_kinds(action: Action | ParseFault, kinds: tuple[type, ...], text: str) -> Action | ParseFault:

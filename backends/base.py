@@ -15,6 +15,7 @@ Errors, by what the caller can do:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -36,6 +37,7 @@ __all__ = [
     "Prompt",
     "RequestRefused",
     "Sampling",
+    "Spoken",
 ]
 
 
@@ -101,6 +103,18 @@ class ImageFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class Spoken:
+    """What the ids of a prompt say, for engines that take words."""
+
+    turns: tuple[Mapping[str, Any], ...]
+    """The whole dialogue in the form of OpenAI's chat messages; a picture is a part ``{"type": "image", "picture": Picture}``."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Calls that may be made, as JSON function schemas."""
+    force: str | None = None
+    """Name of the call that must be made, whose first ids the prompt ends with; None leaves the choice."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """What a policy is given: ids with placeholders already expanded to each picture's grid, and the pictures in order."""
 
@@ -108,6 +122,8 @@ class Prompt:
     pictures: tuple[Picture, ...] = ()
     affinity: str = ""
     """Prompts of one growing stream share it, so that servers can keep them together."""
+    spoken: Spoken | None = field(default=None, repr=False, compare=False)
+    """The same in words; only engines that return text only read it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +146,8 @@ class Generation:
     """(version, first, end) of the sampled ids where the weights changed in the middle; empty where they did not."""
     server: str = ""
     """Address of the server that answered; empty in process."""
+    reported: tuple[int, int] | None = None
+    """Prompt and reply as the engine counts and bills them, where that is in other tokens than these ids; None where it does not say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,9 @@ one patch would train a model on something that it never saw.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
+
+from PIL.Image import Image
 
 from monologue.backends.base import ImageFacts, Prompt, RequestRefused
 
@@ -21,6 +24,18 @@ class Placeholders:
     """Patches along time, height and width before merging."""
     count: int
     """Visual tokens, i.e. placeholder ids in the prompt."""
+
+
+class Eyes(Protocol):
+    """How an engine places pictures in a prompt; every engine that sees has these three."""
+
+    @property
+    def image_token_id(self) -> int | None: ...
+
+    @property
+    def processor_hash(self) -> str: ...
+
+    def placeholders(self, image: Image) -> Placeholders: ...
 
 
 def locate(prompt: Prompt, rooms: tuple[Placeholders, ...], placeholder_id: int | None, processor_hash: str) -> tuple[ImageFacts, ...]:

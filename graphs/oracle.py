@@ -12,11 +12,10 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from monologue.agents.codec import Codec, Ids, TinyCodec
-from monologue.agents.load import Eyes
 from monologue.agents.messages import Conclude, Look
 from monologue.agents.policy import Policy
 from monologue.backends.base import Facts, Generation, ImageFacts, Prompt, RequestRefused, Sampling
-from monologue.backends.pictures import locate
+from monologue.backends.pictures import Eyes, locate
 from monologue.backends.scripted import ScriptedBackend
 from monologue.backends.tokens import ByteTokenizer
 from monologue.graphs.registry import Graph

@@ -17,6 +17,7 @@ if (_root / "pyproject.toml").is_file() and (_root / "graphs" / "__init__.py").i
     __path__.append(str(_root))
 
 if _TYPE_CHECKING:
+    from monologue.agents.hosted import hosted
     from monologue.agents.load import load_policy, seat
     from monologue.agents.messages import Conclude, Look, Message, Reply
     from monologue.agents.policy import Policy
@@ -37,6 +38,7 @@ if _TYPE_CHECKING:
     from monologue.training.rows import read_rows, solved
 
 _PLACES = {
+    "agents.hosted": ("hosted",),
     "agents.load": ("load_policy", "seat"),
     "agents.messages": ("Conclude", "Look", "Message", "Reply"),
     "agents.policy": ("Policy",),
@@ -78,6 +80,7 @@ __all__ = [
     "aplay",
     "as_dataset",
     "find",
+    "hosted",
     "imitate",
     "load_policy",
     "play",

@@ -259,6 +259,8 @@ class PolicyCall:
     """Host and port that answered; None in process."""
     dtype: str | None = None
     """Numbers that the engine computes in; None where it does not say."""
+    reported: tuple[int, int] | None = None
+    """Prompt and reply in the tokens that a hosted model counts and bills; None elsewhere."""
 
 
 def attributes_of(call: Mapping[str, Any]) -> dict[str, Attribute]:
@@ -282,6 +284,7 @@ def attributes_of(call: Mapping[str, Any]) -> dict[str, Attribute]:
         names.POLICY: call["policy_id"],
         names.WEIGHTS: call["weights_version"],
         names.WEIGHTS_BY_TOKEN: json.dumps(call["weights"]) if call.get("weights") else None,
+        names.REPORTED: json.dumps(call["reported"]) if call.get("reported") else None,
         names.TRAINABLE: call["trainable"],
         names.PROMPT_DELTA: pack_ids(call["prompt_delta"]),
         names.PROMPT_LENGTH: call["prompt_length"],
@@ -385,4 +388,5 @@ def _call(span: SpanRecord, streams: Mapping[str, tuple[int, ...]]) -> PolicyCal
         weights=tuple((version, first, end) for version, first, end in json.loads(a.get(names.WEIGHTS_BY_TOKEN, "[]"))),
         server=f"{a[names.SERVER]}:{a[names.PORT]}" if names.SERVER in a else None,
         dtype=a.get(names.DTYPE),
+        reported=None if names.REPORTED not in a else tuple(json.loads(a[names.REPORTED])),
     )

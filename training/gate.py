@@ -41,7 +41,11 @@ def gate(rows: Sequence[Row], logprobs: Sequence[Tensor], version: str, toleranc
         for piece in row.pieces:
             stop = start + piece.stop - piece.start
             if piece.logprobs is None:
-                raise GateError(f"span {piece.span_id} holds no log-probs, so no ratio can be formed; take 'awr' or 'filter', or imitate")
+                raise GateError(
+                    f"span {piece.span_id} holds no log-probs: its engine returned text only (a hosted model, an oracle), and a policy "
+                    "gradient needs the probability with which each token was sampled, so no ratio can be formed; take 'awr' or "
+                    "'filter', or imitate"
+                )
             if piece.weights_version == version and stop > start:
                 old, new = found.new_tensor(piece.logprobs), found[start:stop]
                 worst = float((old - new).abs().max())

@@ -23,7 +23,7 @@ from monologue.training.gate import GateError
 from monologue.training.policies import Learner
 from monologue.training.replay import replay
 from monologue.training.rewards import REWARDS, give
-from monologue.training.rows import Row, read_rows
+from monologue.training.rows import Counts, Row, read_rows
 
 
 class Stage(Protocol):
@@ -130,10 +130,12 @@ class Logged:
         self._readers = [RunReader(run) for run in runs]
         self._seed, self._size = seed, size
         self._groups: dict[tuple[str, str], list[Row]] = {}
-        for row in (row for reader in self._readers for row in read_rows(reader, roles)):
+        counts = Counts()
+        for row in (row for reader in self._readers for row in read_rows(reader, roles, counts)):
             self._groups.setdefault((row.group_id, row.pieces[0].weights_version), []).append(row)
         if not self._groups:
-            raise GateError(f"nothing of {', '.join(roles)} to learn from in {', '.join(runs)}; look with 'monologue view'")
+            passed = "".join(f"; passed over: {count} x {cause}" for cause, count in counts.skipped.items())
+            raise GateError(f"nothing of {', '.join(roles)} to learn from in {', '.join(runs)}{passed}; look with 'monologue view'")
         self._dealt: list[list[Row]] = []
 
     def prove(self, calls: int, tolerance: float) -> None:
