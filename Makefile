@@ -32,6 +32,7 @@ test-real: test-sglang test-phoenix test-trainers test-page
 
 test-sglang: .venv/dev
 	tests_real/install_sglang.sh
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints-dev.txt --editable '.[chat]'
 	$(BIN)/python -m pytest -q tests_real/served
 
 .venv-phoenix/installed: tests_real/install_phoenix.sh pyproject.toml

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +42,7 @@ from monologue.backends.base import (
 )
 from monologue.backends.pictures import Eyes, Placeholders, locate
 from monologue.backends.wire import FIRST_WAIT, LONGEST_WAIT, Loop
+from monologue.traces.images import png_bytes
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
@@ -178,9 +178,7 @@ def _content(content: str | Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _uri(image: Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode()
 
 
 def _said(reply: AIMessage) -> Said:

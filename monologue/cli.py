@@ -40,10 +40,13 @@ def _seats(command: argparse.ArgumentParser) -> None:
         "--questioner",
         default="starter",
         metavar="MODEL",
-        help="'starter', 'oracle', or a folder or name of a Hugging Face LLM",
+        help="'starter', 'oracle', a folder or name of a Hugging Face LLM, or chat:PROVIDER:MODEL",
     )
     command.add_argument(
-        "--answerer", default="starter", metavar="MODEL", help="'starter', 'oracle', or a folder or name of a Hugging Face VLM"
+        "--answerer",
+        default="starter",
+        metavar="MODEL",
+        help="'starter', 'oracle', a folder or name of a Hugging Face VLM, or chat:PROVIDER:MODEL",
     )
     command.add_argument(
         "--backend",

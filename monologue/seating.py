@@ -4,6 +4,7 @@
 ``starter`` means the checkpoint that ships for that seat and graph: the pair for a dialogue, the one-shot rival for ``direct``;
 ``oracle`` plays the problem's program in that checkpoint's own tokens; anything else is a folder or a Hub name. One engine is loaded
 per checkpoint, however many seats it takes. An address is a policy on SGLang servers; several, with commas, share its episodes.
+``chat:PROVIDER:MODEL`` is a hosted chat model, by LangChain's names.
 """
 
 from __future__ import annotations
@@ -74,6 +75,9 @@ def _seated(graph: str, options: argparse.Namespace, loaded: dict[str, Policy]) 
     taken: dict[str, Seat] = {}
     for role in find(graph).roles:
         wanted = getattr(options, role)
+        if wanted.startswith("chat:"):
+            taken[role] = _hosted(wanted, role, sampling)
+            continue
         if options.backend == "sglang" or wanted.startswith(("http://", "https://")):
             taken[role] = loaded[wanted] = _served(wanted, role, sampling)
             continue
@@ -120,6 +124,25 @@ def _served(endpoints: str, role: str, sampling: Sampling) -> Policy:
 
     engine = SGLangBackend(*endpoints.split(","))
     return seat(engine, role, sampling, f"{role}-{Path(engine.facts.model).name}")
+
+
+def _hosted(named: str, role: str, sampling: Sampling) -> Policy:
+    """A chat model by LangChain's names, sampled as the command says."""
+    _, provider, model = (*named.split(":", 2), "", "")[:3]
+    if not provider or not model:
+        raise UsageError(f"a hosted model is named --{role} chat:PROVIDER:MODEL, e.g. chat:openai:gpt-5-mini, got {named!r}")
+    try:
+        from langchain.chat_models import init_chat_model
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{named!r} needs LangChain's model classes; pip install 'monologue[chat]'") from error
+    from monologue.agents.hosted import hosted
+
+    settings = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
+    try:
+        chat = init_chat_model(model, model_provider=provider, **settings, **({"top_p": sampling.top_p} if sampling.top_p < 1 else {}))
+    except Exception as error:  # each provider has its own: a package that is missing, a key that is not set
+        raise UsageError(f"LangChain cannot open {named!r}: {str(error)[:300]}") from error
+    return hosted(chat, policy_id=f"{role}-{model}")
 
 
 def _oracle(policy: Policy, role: str) -> Seat:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +27,7 @@ from monologue.agents.questioner import CONCLUDE, KINDS, LOOK
 from monologue.agents.spoken import named
 from monologue.backends.base import BackendError, BackendTimeout, BackendUnavailable, Picture, Prompt, RequestRefused, Sampling
 from monologue.backends.tokens import ByteTokenizer
+from monologue.cli import main
 from monologue.graphs.oracle import Seat, oracle
 from monologue.tasks.shapes import Shapes
 from monologue.traces.schema import PolicyCall
@@ -350,3 +352,10 @@ def test_a_dialogue_with_faults_and_tools_keeps_to_the_chat_form() -> None:
     asyncio.run(dialogue())
     assert [message.type for message in HEARD["form"][-1][0]] == ["system", "human", "ai", "human", "ai", "tool"]
     assert json.loads(span.facts["action"]) == {"kind": "conclude", "answer": "red"}
+
+
+def test_the_command_line_says_what_a_hosted_model_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "langchain", None)
+    for named, words in (("chat:openai:some-model", "pip install 'monologue[chat]'"), ("chat:some-model", "chat:PROVIDER:MODEL")):
+        assert main(["play", "--questioner", named, "--graph", "blind", "--n", "1"]) == 2
+        assert words in capsys.readouterr().err
