@@ -355,7 +355,8 @@ def test_a_dialogue_with_faults_and_tools_keeps_to_the_chat_form() -> None:
 
 
 def test_the_command_line_says_what_a_hosted_model_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "langchain", None)
-    for named, words in (("chat:openai:some-model", "pip install 'monologue[chat]'"), ("chat:some-model", "chat:PROVIDER:MODEL")):
-        assert main(["play", "--questioner", named, "--graph", "blind", "--n", "1"]) == 2
+    for module in ("langchain", "langchain.chat_models"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for name, words in (("chat:openai:some-model", "pip install 'monologue[chat]'"), ("chat:some-model", "chat:PROVIDER:MODEL")):
+        assert main(["play", "--questioner", name, "--graph", "blind", "--n", "1"]) == 2
         assert words in capsys.readouterr().err

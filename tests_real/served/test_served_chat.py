@@ -1,6 +1,6 @@
 """The chat engine against SGLang's OpenAI-compatible endpoint, by ``langchain-openai``: tools go out, a real tool call comes back.
 
-A checkpoint of some hundred thousand weights is taught on the spot to say one call, so that SGLang's parser has something to find.
+The checkpoint is made by hand: whatever it is told, its weights say one call, in two tokens, so that SGLang's parser has something to find.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from langchain_openai import ChatOpenAI
+from tokenizers import AddedToken
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from monologue import hosted, play, verify
 from monologue.agents.chat import ChatCodec
-from monologue.agents.messages import Conclude, Look, Message, ParseFault, Reply
+from monologue.agents.messages import Look, Message, ParseFault, Reply
 from monologue.agents.policy import Stream
-from monologue.agents.questioner import CONCLUDE, KINDS, LOOK, opening, reply_heard
+from monologue.agents.questioner import CONCLUDE, KINDS, LOOK
 from monologue.backends.base import BackendUnavailable, RequestRefused
 from monologue.backends.serving.launch import Server, launch
 from monologue.cli import main
@@ -30,36 +31,25 @@ from tests_real.served.kit import PYTHON
 
 LINE = Look("where is the red star ?")
 TOOLS = (LOOK, CONCLUDE)
-STEPS = 250
 
 
-def taught(folder: Path) -> Path:
-    """A checkpoint that answers whatever it is told with one and the same call."""
+def single_minded(folder: Path) -> Path:
+    """A Qwen3 whose layers add nothing, so the last token alone decides the next: newline, head of a call, rest of it, end of turn."""
     torch.manual_seed(0)
     tokenizer = chat_tokenizer(HERMES)
-    codec = ChatCodec(tokenizer)
-    end = codec.stop_ids[0]
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    marks = {"vocab_size": len(tokenizer), "eos_token_id": end, "bos_token_id": None, "pad_token_id": end}
-    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **marks, head_dim=16, max_position_embeddings=4096, tie_word_embeddings=True))
-    said = torch.tensor(codec.action_ids(LINE))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, STEPS)
-    dialogues = [codec.open([Message("user", "what?")]), codec.open(opening(codec.wording, "what is it ?", ("red", "blue")), TOOLS)]
-    dialogues += [dialogues[-1] + codec.action_ids(LINE) + codec.extend(reply_heard("b2"))]
-    for step in range(STEPS):
-        prompt = torch.tensor(dialogues[step % len(dialogues)])
-        noise = torch.rand(len(prompt)) < 0.3
-        noise[-12:] = False
-        prompt[noise] = torch.randint(len(tokenizer), (int(noise.sum()),))
-        ids = torch.cat([prompt, said])[None]  # (1, L)
-        logits = model(ids, logits_to_keep=len(said) + 1).logits[0, :-1]  # (n, V)
-        loss = torch.nn.functional.cross_entropy(logits, said)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    assert loss.item() < 0.05, f"the checkpoint did not learn its line: {loss.item()}"
+    call = ChatCodec(tokenizer).text(ChatCodec(tokenizer).action_ids(LINE)[:-1])
+    cut = call.index('"arguments"')
+    tokenizer.add_tokens([AddedToken(part, normalized=False) for part in (call[:cut], call[cut:])])
+    newline, head, rest = (tokenizer.encode(part)[0] for part in ("\n", call[:cut], call[cut:]))
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    marks = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, **marks, head_dim=16, max_position_embeddings=4096, tie_word_embeddings=False))
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        for before, after in ((newline, head), (head, rest), (rest, tokenizer.eos_token_id)):
+            model.lm_head.weight[after] = 10 * model.model.embed_tokens.weight[before]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -69,7 +59,7 @@ def taught(folder: Path) -> Path:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("chat")
     flags = ("--tool-call-parser", "qwen25", "--served-model-name", "one-call")
-    with launch(str(taught(folder / "model")), python=str(PYTHON), device="cpu", log=folder / "log", flags=flags) as started:
+    with launch(str(single_minded(folder / "model")), python=str(PYTHON), device="cpu", log=folder / "log", flags=flags) as started:
         yield started
 
 
@@ -103,20 +93,18 @@ def test_a_real_tool_call_is_an_action_turn_after_turn(server: Server, tmp_path:
     calls = [call for call in episode.calls() if call.role == "questioner"]
     assert [student.parse(call.sampled_ids) for call in calls] == [LINE] * 3
     for call in calls:
-        assert call.sampled_ids == student.action_ids(LINE) and call.reported is not None and call.sampled_logprobs is None
-        assert call.reported[1] == len(call.sampled_ids), "the server's ids are the student's, since they share a tokenizer"
+        assert call.sampled_ids == student.action_ids(LINE) and call.sampled_logprobs is None and call.trainable
+        assert call.reported is not None and call.reported[0] > 100 and call.reported[1] == 3, "the server counts two tokens and a stop"
     assert all(check.ok for check in verify(tmp_path / "run"))
 
 
-async def test_a_reply_that_is_cut_off_comes_back_word_for_word(server: Server) -> None:
-    action, facts = await said(model(server, max_tokens=8))
-    assert isinstance(action, ParseFault | Reply) or action is None
-    assert facts["truncated"] and facts["reported"][1] == 8
-
-
-async def test_without_tools_words_are_words(server: Server) -> None:
+async def test_a_reply_that_is_no_call_comes_back_word_for_word(server: Server) -> None:
+    action, facts = await said(model(server, max_tokens=1), (), (Reply,))
+    assert isinstance(action, Reply) and '{"name": "look",' in action.text and facts["truncated"] and facts["reported"][1] == 1
     action, facts = await said(model(server), (), (Reply,))
     assert isinstance(action, Reply) and '"question": "where is the red star ?"' in action.text and not facts["truncated"]
+    action, facts = await said(model(server, max_tokens=1))
+    assert isinstance(action, ParseFault) and facts["truncated"] and facts["output"] == "", "SGLang keeps a call back that was cut off"
 
 
 async def test_the_servers_refusal_is_told(server: Server) -> None:
