@@ -81,3 +81,6 @@ figures: .venv/installed
 	$(EVAL) --task looks --graph look --split combos --n 10000 --json bench/results/looks-combos.json
 	$(BIN)/python bench/overhead.py
 	$(BIN)/python bench/rollout.py
+	$(BIN)/python bench/replay.py
+	$(BIN)/python bench/rows.py
+	$(BIN)/python bench/crash.py

@@ -21,6 +21,7 @@ the vocabulary, or the name of a special token, is refused by name: neither ``<u
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal, Protocol, TypeAlias
 
 from monologue.agents.messages import Action, Conclude, Look, Message, ParseFault, Reply, ToolUse
@@ -101,6 +102,7 @@ class TinyCodec:
         placeholders of a picture.
         """
         self._tokenizer = tokenizer
+        self._encode = lru_cache(maxsize=4096)(self._encode_words)  # the same questions and choices come again and again
         self._ids: dict[str, int] = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIALS}
         if None in self._ids.values() or len(set(self._ids.values())) < len(SPECIALS):
             raise CodecError(f"TinyCodec needs a tokenizer with the tokens {' '.join(SPECIALS)}; this one lacks some of them")
@@ -192,7 +194,7 @@ class TinyCodec:
             ids += [self._ids["<choice>"], *self._encode(choice)]
         return ids
 
-    def _encode(self, text: str) -> Ids:
+    def _encode_words(self, text: str) -> Ids:
         ids = self._tokenizer.encode(text, add_special_tokens=False) if text else []
         if self._names.keys() & ids:
             unknown = [word for word in text.split() if self._names.keys() & self._tokenizer.encode(word, add_special_tokens=False)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -161,3 +161,10 @@ def _of_kinds(action: Action | ParseFault, kinds: tuple[type, ...], text: str) -
         return action
     wanted = " or ".join(kind.__name__.lower() for kind in kinds)
     return ParseFault(f"expected {wanted}, got {type(action).__name__.lower()}.", text)
+
+
+async def close(policies: Iterable[object]) -> None:
+    """Closes the engines of those that are policies."""
+    for policy in policies:
+        if isinstance(policy, Policy):
+            await policy.backend.aclose()

@@ -107,6 +107,19 @@ def take_weights(model: Any, source: str) -> None:
     model.load_state_dict(other.state_dict(), strict=True)
 
 
+def save_checkpoint(
+    checkpoint: Checkpoint, folder: str | Path, model: Any | None = None, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """A folder with all that a policy needs, and no pickle in it. ``model`` stands in where the trained one is another object, ``weights``
+    where what is to be saved is not what the model holds.
+    """
+    with quiet():
+        (checkpoint.model if model is None else model).save_pretrained(folder, state_dict=weights)
+    checkpoint.tokenizer.save_pretrained(folder)
+    if checkpoint.image_processor is not None:
+        checkpoint.image_processor.save_pretrained(folder)
+
+
 def processor_hash(processor: Any | None) -> str:
     """SHA-256 of the image processor's settings; of the empty text where there is none."""
     facts = {} if processor is None else _plain(json.loads(processor.to_json_string()))

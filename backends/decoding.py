@@ -129,8 +129,9 @@ class Decoder:
         plain = self._prefixes.most and all(type(layer) is DynamicLayer for layer in batch.cache.layers)
         for place, lane in enumerate(batch.lanes):
             if plain and lane.affinity and lane.done:
-                fed = batch.mask[place].bool()  # (L)
-                layers = tuple((layer.keys[place][:, fed], layer.values[place][:, fed]) for layer in batch.cache.layers)
+                fed = batch.mask[place].nonzero().squeeze(-1)  # (L)
+                halves = ((layer.keys[place], layer.values[place]) for layer in batch.cache.layers)
+                layers = tuple((keys.index_select(1, fed), values.index_select(1, fed)) for keys, values in halves)
                 self._prefixes.put(lane.affinity, Prefix((*lane.ids, *lane.sampled[:-1]), lane.pictures, layers))
 
     def _step(self, batch: _Batch) -> None:

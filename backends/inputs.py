@@ -10,6 +10,7 @@ Shapes: L ids, P position axes (1, or 3 for M-RoPE), N patches of all pictures.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -69,6 +70,8 @@ class Inputs(Eyes):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint.model.config, checkpoint.image_processor, checkpoint.source)
         self._model = checkpoint.model
+        self._word = next(token for token in range(len(self.banned) + 1) if token not in self.banned)
+        self._rope = lru_cache(maxsize=1024)(self._rope_of)
         self.vocabulary = int(self._model.get_input_embeddings().num_embeddings)
 
     def positions(self, ids: Sequence[int], grids: Tensor | None) -> Tensor:
@@ -78,7 +81,13 @@ class Inputs(Eyes):
             return plain
         if grids is None:
             return plain.expand(3, -1)
-        tokens = torch.tensor([list(ids)])
-        kinds = torch.eq(tokens, self.image_token_id or 0).int()
-        positions: Tensor = self._model.model.get_rope_index(tokens, mm_token_type_ids=kinds, image_grid_thw=grids)[0]
+        places = tuple(place for place, token in enumerate(ids) if token == self.image_token_id)
+        return self._rope(len(ids), places, tuple(map(tuple, grids.tolist())))
+
+    def _rope_of(self, length: int, places: tuple[int, ...], grids: tuple[tuple[int, ...], ...]) -> Tensor:
+        """The model's own answer; it depends on where pictures stand and on nothing else of the ids."""
+        kinds = torch.zeros(1, length, dtype=torch.int)
+        kinds[0, list(places)] = 1
+        tokens = torch.where(kinds.bool(), self.image_token_id or 0, self._word)
+        positions: Tensor = self._model.model.get_rope_index(tokens, mm_token_type_ids=kinds, image_grid_thw=torch.tensor(grids))[0]
         return positions[:, 0]

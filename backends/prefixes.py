@@ -42,13 +42,18 @@ class Prefixes:
 
     def put(self, affinity: str, prefix: Prefix) -> None:
         """Keeps a stream's latest state; what it extends is dropped."""
-        others = [one for one in self._streams.pop(affinity, []) if prefix.ids[: len(one.ids)] != one.ids]
-        self._streams[affinity] = [*others, prefix]
-        self._held = sum(len(one.ids) for stream in self._streams.values() for one in stream)
+        before = self._streams.pop(affinity, [])
+        stream = [*(one for one in before if prefix.ids[: len(one.ids)] != one.ids), prefix]
+        self._streams[affinity] = stream
+        self._held += _size(stream) - _size(before)
         while self._held > self.most and self._streams:
             _, gone = self._streams.popitem(last=False)
-            self._held -= sum(len(one.ids) for one in gone)
+            self._held -= _size(gone)
 
     def clear(self) -> None:
         self._streams.clear()
         self._held = 0
+
+
+def _size(stream: list[Prefix]) -> int:
+    return sum(len(one.ids) for one in stream)

@@ -14,6 +14,7 @@ import hashlib
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,9 @@ from monologue.graphs.registry import Graph, find
 from monologue.graphs.state import Context, GraphError
 from monologue.graphs.summary import Earlier, Played, Summary, earlier, met_again, played, progress_bar
 from monologue.tasks.base import Problem, exact_match
+from monologue.traces.images import Picture
 from monologue.traces.privacy import Capture, Redact
-from monologue.traces.recorder import Recorder
+from monologue.traces.recorder import EpisodeRecorder, Recorder
 from monologue.traces.schema import Record
 from monologue.traces.store import RunError, RunWriter
 
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from langchain_core.tools import BaseTool
 
 STEPS_PER_TURN = 3
+DRAWN = 64
+"""Problems whose pictures are kept."""
 PASSING = (BackendUnavailable, BackendTimeout)
 """Failures after which an episode may be played again."""
 
@@ -70,6 +74,8 @@ class Table:
     partners: Mapping[str, Problem] = field(default_factory=dict)
     deadline: float | None = None
     retries: int = 0
+    drawn: dict[str, tuple[Picture, ...]] = field(default_factory=dict)
+    """Pictures of the latest problems: a group shares them."""
 
     async def episode(self, job: Job) -> Played:
         """Plays, records and scores one episode, again where that may help; the last attempt is returned."""
@@ -107,7 +113,7 @@ class Table:
             context = Context(
                 seats={role: self._seated(role, problem, partner or problem) for role in self.seats},
                 record=record,
-                pictures=tuple(record.store(picture()) for picture in (partner or problem).pictures),
+                pictures=self._pictures(record, partner or problem),
                 seed=_mix(self.seed, problem.id, job.sample),
                 max_turns=self.max_turns,
                 toolbox=self.toolbox,
@@ -134,6 +140,14 @@ class Table:
             if not task.done():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
+
+    def _pictures(self, record: EpisodeRecorder, problem: Problem) -> tuple[Picture, ...]:
+        """Painted and stored for the first episode of a problem, and at hand for the others that follow."""
+        if problem.id not in self.drawn:
+            if len(self.drawn) >= DRAWN:
+                del self.drawn[next(iter(self.drawn))]
+            self.drawn[problem.id] = tuple(record.store(picture()) for picture in problem.pictures)
+        return self.drawn[problem.id]
 
     def _record(self, job: Job, partner: Problem | None) -> Any:
         problem = job.problem
@@ -196,17 +210,23 @@ async def aplay(
     listener: Callable[[Record], None] | None = None,
     capture: Capture = "all",
     redact: Redact | None = None,
+    part: tuple[int, int] = (0, 1),
+    ended: Callable[[Played], None] | None = None,
 ) -> Summary:
     """Plays ``samples`` episodes of each problem into the run folder and returns what came of them.
 
     ``max_turns`` bounds the actions of the seat that concludes. ``score`` is the task's rule. ``deadline`` (seconds) bounds an
     attempt; ``retries`` is how often an episode is played again whose engine could not be reached or did not answer. ``config`` is
     kept in run.json. ``listener`` is told of each record once it is on disk. ``capture="shape"`` keeps text, ids and pictures off
-    the disk, ``redact`` sees every text before it is written.
+    the disk, ``redact`` sees every text before it is written. ``part=(k, n)`` plays every n-th problem from the k-th on, so that n
+    processes or machines share a run. ``ended`` is told what came of each episode.
     Raises GraphError for what does not fit together, RunError where the run cannot be written.
     """
     chosen = find(graph) if isinstance(graph, str) else graph
     _check(chosen, seats, control, samples=samples, concurrency=concurrency, max_turns=max_turns)
+    first, step = part
+    if not 0 <= first < step:
+        raise GraphError(f"part must be (k, n) with 0 <= k < n, got {part!r}")
     if retries < 0 or (deadline is not None and deadline <= 0):
         raise GraphError(f"expected retries of 0 or more and a deadline above 0 s, got {retries!r} and {deadline!r}")
     if capture not in ("all", "shape"):
@@ -231,15 +251,18 @@ async def aplay(
     recorder = Recorder(writer, capture=capture, redact=redact)
     table = Table(chosen, seats, recorder, score, seed, max_turns, Toolbox(tools), control, pairs, deadline, retries)
     summary = Summary()
-    total = len(problems) * samples if isinstance(problems, Sized) else None
+    total = len(range(first, len(problems), step)) * samples if isinstance(problems, Sized) else None
+    mine = islice(problems, first, None, step)
     try:
         with progress_bar(progress, chosen.name, total) as advance:
 
-            def ended(episode: Played, earlier: bool = False) -> None:
+            def note(episode: Played, earlier: bool = False) -> None:
                 summary.add(episode, earlier)
                 advance(episode)
+                if ended is not None:
+                    ended(episode)
 
-            await _all(concurrency, _jobs(problems, samples, done, table, ended), table, ended)
+            await _all(concurrency, _jobs(mine, samples, done, table, note), table, note)
     finally:
         if writer is not run:
             writer.close()

@@ -123,13 +123,13 @@ def earlier(run: str | Path | RunWriter, settings: Mapping[str, Any]) -> dict[tu
     """Episodes of this graph and control that the run already holds, by problem and sample.
 
     Raises GraphError where the run was begun with other settings, since its episodes would not be of one kind. Whoever plays
-    several kinds into one run passes a RunWriter, and is not asked.
+    several kinds into one run passes a RunWriter, and is not asked. A pen that was named looks at its own episodes only.
     """
     path = run.path if isinstance(run, RunWriter) else Path(run)
     found: dict[tuple[str, int], Earlier] = {}
     if not (path / "run.json").exists():
         return found
-    reader = RunReader(path)
+    reader = RunReader(path, run.name if isinstance(run, RunWriter) and run.named else "*")
     before = reader.info.get("config", {})
     other = [key for key in FIXED if key in before and key in settings and before[key] != settings[key]]
     if other and not isinstance(run, RunWriter):

@@ -27,6 +27,7 @@ if _TYPE_CHECKING:
     from monologue.graphs.registry import Graph, find
     from monologue.graphs.state import Context, State
     from monologue.proof import verify
+    from monologue.rollouts import reinforce
     from monologue.seating import starter
     from monologue.tasks.base import Problem
     from monologue.tasks.shapes import Looks, Shapes
@@ -46,6 +47,7 @@ _PLACES = {
     "graphs.registry": ("Graph", "find"),
     "graphs.state": ("Context", "State"),
     "proof": ("verify",),
+    "rollouts": ("reinforce",),
     "seating": ("starter",),
     "tasks.base": ("Problem",),
     "tasks.shapes": ("Looks", "Shapes"),
@@ -81,6 +83,7 @@ __all__ = [
     "play",
     "policy_node",
     "read_rows",
+    "reinforce",
     "seat",
     "solved",
     "starter",

@@ -21,6 +21,7 @@ def settle(options: argparse.Namespace, n: int) -> None:
         _refuse(options, ("temperature", "top_p", "max_tokens"), "--backend scripted says its lines as they are")
     if own_problem_asked(options):
         _refuse(options, ("n", "split", "families"), "an own picture is one problem")
+    _check_processes(options)
     _check_seats(options)
     given = options.n
     for name, value in {**DEFAULTS, "n": n}.items():
@@ -51,6 +52,14 @@ def check_writable(file: Path | None) -> None:
             file.unlink()
     except OSError as error:
         raise UsageError(f"cannot write {str(file)!r}: {error.strerror}; name a file in a folder that you may write to") from error
+
+
+def _check_processes(options: argparse.Namespace) -> None:
+    if options.processes < 1:
+        raise UsageError(f"--processes must be at least 1, got {options.processes}")
+    alone = ("live", "otlp", *OWN)
+    if options.processes > 1 and (given := [f"--{name}" for name in alone if getattr(options, name, None)]):
+        raise UsageError(f"--processes {options.processes} shares many episodes out; {' and '.join(given)} need one process")
 
 
 def _check_seats(options: argparse.Namespace) -> None:

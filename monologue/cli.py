@@ -15,7 +15,7 @@ from pathlib import Path
 from monologue import commands, exports, serving, stages, viewing
 from monologue.version import __version__
 
-STAGES = ("starter", "imitate")
+STAGES = ("starter", "imitate", "reinforce")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,6 +56,7 @@ def _seats(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-tokens", type=int, help="sampled tokens per turn at most (default: 64)")
     command.add_argument("--max-turns", type=int, default=8, help="actions of the concluding seat at most")
     command.add_argument("--concurrency", type=int, default=64, help="episodes at once")
+    command.add_argument("--processes", type=int, default=1, help="processes that share the episodes, each with its own engines")
     command.add_argument("--seed", type=int, default=0)
 
 
@@ -175,7 +176,7 @@ def _import(command: argparse.ArgumentParser) -> None:
 
 
 def _train(command: argparse.ArgumentParser) -> None:
-    told = "starter: the shipped policies, from nothing; imitate: what a role said in a run"
+    told = "starter: the shipped policies, from nothing; imitate: what a role said in a run; reinforce: on outcome"
     command.add_argument("stage", choices=STAGES, metavar="STAGE", help=told)
     command.add_argument("recipe", metavar="RECIPE", help="a recipe of ours by name (answerer, questioner, direct, imitate) or a TOML file")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a top-level key of the recipe")
@@ -183,6 +184,7 @@ def _train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--start", type=Path, metavar="DIR", help="checkpoint to start from: perception for 'direct'")
     command.add_argument("--only", nargs="+", metavar="STAGE", help="run these stages of the recipe only, e.g. after --start")
     command.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    command.add_argument("--resume", action="store_true", help="reinforce: go on where a run in --out was ended")
     command.set_defaults(run=stages.train)
 
 

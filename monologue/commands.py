@@ -37,6 +37,7 @@ def user_errors() -> tuple[type[Exception], ...]:
         "monologue.backends.base": "BackendError",
         "monologue.training.recipe": "RecipeError",
         "monologue.training.collate": "RowError",
+        "monologue.training.gate": "GateError",
         "monologue.traces.extras": "ExportError",
         "monologue.training.dataset": "MissingExtra",
         "monologue.training.exports.writing": "ExportError",
@@ -54,19 +55,14 @@ def play(options: argparse.Namespace) -> int:
     task = task_of(options)
     problems = problems_of(options, task)
     from monologue.exports import listeners
-    from monologue.graphs.play import play as play_graph
     from monologue.live import Live
-    from monologue.seating import check_sayable, config_of, seats
+    from monologue.seating import config_of, player
 
     options.out = out = options.out or new_run(options.graph)
     shown = Live(out) if options.live else None
-    with listeners(out, shown, options) as listener, seats(options.graph, options) as taken:
-        if own_problem_asked(options):
-            check_sayable(problems[0], taken)
-        summary = play_graph(
-            options.graph,
+    with listeners(out, shown, options) as listener, player(options.graph, options) as play_all:
+        summary = play_all(
             problems,
-            taken,
             out,
             samples=options.samples,
             concurrency=1 if options.live else options.concurrency,
@@ -87,12 +83,17 @@ def play(options: argparse.Namespace) -> int:
 
 
 def task_of(options: argparse.Namespace) -> Task:
-    """The task, cut to the wanted families."""
-    if options.families is None:
-        return TASKS[options.task]()
-    if options.task != "shapes":
-        raise UsageError(f"--families belongs to the task 'shapes', not to {options.task!r}")
-    return Shapes(tuple(options.families.split(",")))
+    """The task that was asked for."""
+    return named_task(options.task, options.families)
+
+
+def named_task(name: str, families: str | None) -> Task:
+    """A task, cut to the wanted families."""
+    if not families:
+        return TASKS[name]()
+    if name != "shapes":
+        raise UsageError(f"families belong to the task 'shapes', not to {name!r}")
+    return Shapes(tuple(families.split(",")))
 
 
 def problems_of(options: argparse.Namespace, task: Task) -> list[Problem]:
@@ -118,6 +119,8 @@ def kept(options: argparse.Namespace) -> str:
         return f"every finished episode is kept in {options.out}; the same command with --out {options.out} goes on from there"
     if options.verb == "eval" and options.out is not None:
         return f"every finished episode is kept in {options.out}; the same command goes on from there"
+    if options.verb == "train" and options.stage == "reinforce":
+        return "the run is kept; the same command with its --out and --resume goes on from the last checkpoint"
     return "nothing is kept" if options.verb in ("eval", "train", "play") else "nothing was changed"
 
 

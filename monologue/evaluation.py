@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from monologue.graphs.play import check_control as check
-from monologue.graphs.play import play
 from monologue.graphs.registry import find
 from monologue.graphs.summary import Played
-from monologue.seating import config_of, seats
+from monologue.seating import config_of, player
 from monologue.tables import table
 from monologue.tasks.base import Problem, Score, Task, by_family, by_hops, summarize
 
@@ -52,12 +51,10 @@ def _part(kind: str, name: str, rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _evaluate(graph: str, options: argparse.Namespace, task: Task, problems: list[Problem], out: Path) -> dict[str, Any]:
     label = graph.replace(":", "-") + (f"-{options.control}" if options.control else "")
-    with seats(graph, options) as taken:
+    with player(graph, options) as play:
         started = time.perf_counter()
         summary = play(
-            graph,
             problems,
-            taken,
             out / label,
             concurrency=options.concurrency,
             seed=options.seed,

@@ -10,19 +10,24 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from monologue.agents.codec import CodecError
 from monologue.agents.load import check_role, codec_for, load_policy
-from monologue.agents.policy import Policy
+from monologue.agents.policy import Policy, close
 from monologue.backends.base import Sampling
 from monologue.backends.places import STARTERS, portable, short
+from monologue.graphs.crew import Crew
 from monologue.graphs.oracle import Seat, oracle, scripted
+from monologue.graphs.play import play
 from monologue.graphs.registry import find
+from monologue.graphs.summary import Summary
 from monologue.tasks.base import Problem
 from monologue.usage import UsageError
 from monologue.version import __version__
@@ -35,22 +40,8 @@ def starter(role: str, graph: str = "monologue") -> Path:
 
 def config_of(options: argparse.Namespace) -> dict[str, Any]:
     """The options as they stand in run.json, with the command and the version."""
-    left_out = (
-        "run",
-        "out",
-        "verb",
-        "json",
-        "live",
-        "no_resume",
-        "concurrency",
-        "deadline",
-        "retries",
-        "n",
-        "samples",
-        "otlp",
-        "protocol",
-        "project",
-    )
+    how = ("concurrency", "deadline", "retries", "processes", "otlp", "protocol", "project")
+    left_out = ("run", "out", "verb", "json", "live", "no_resume", "n", "samples", *how)
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items() if key not in left_out}
     if getattr(options, "capture", "all") == "shape" and options.image is not None:
         plain |= {"image": None, "question": None, "choices": None}
@@ -61,14 +52,25 @@ def config_of(options: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def seats(graph: str, options: argparse.Namespace) -> Iterator[Mapping[str, Seat]]:
     """Policies for the graph's roles, closed at the end."""
+    loaded: dict[str, Policy] = {}
+    try:
+        yield _seated(graph, options, loaded)
+    finally:
+        asyncio.run(close(loaded.values()))
+
+
+def seated(graph: str, options: argparse.Namespace) -> Mapping[str, Seat]:
+    """Policies for the graph's roles, for whoever closes them."""
+    return _seated(graph, options, {})
+
+
+def _seated(graph: str, options: argparse.Namespace, loaded: dict[str, Policy]) -> Mapping[str, Seat]:
     try:
         sampling = Sampling(temperature=options.temperature, top_p=options.top_p, max_tokens=options.max_tokens)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if options.backend == "scripted":
-        yield {role: _scripted(role, options) for role in find(graph).roles}
-        return
-    loaded: dict[str, Policy] = {}
+        return {role: _scripted(role, options) for role in find(graph).roles}
     taken: dict[str, Seat] = {}
     for role in find(graph).roles:
         wanted = getattr(options, role)
@@ -82,10 +84,25 @@ def seats(graph: str, options: argparse.Namespace) -> Iterator[Mapping[str, Seat
         policy = loaded[source]
         check_role(policy.backend, role)
         taken[role] = _oracle(policy, role) if wanted == "oracle" else policy
-    try:
-        yield taken
-    finally:
-        asyncio.run(_close(loaded))
+    return taken
+
+
+@contextmanager
+def player(graph: str, options: argparse.Namespace) -> Iterator[Callable[..., Summary]]:
+    """``play(problems, run, **options)`` with the policies in their seats, in this process or in ``--processes`` of them."""
+    if options.processes == 1:
+        with seats(graph, options) as taken:
+            gc.freeze()  # what is loaded stays: no collection need look through it again
+            yield partial(_play, graph, taken)
+        return
+    with Crew(partial(seated, graph, options), options.processes) as crew:
+        yield partial(crew.play, graph)
+
+
+def _play(graph: str, taken: Mapping[str, Seat], problems: Sequence[Problem], run: Path, **more: Any) -> Summary:
+    if problems[0].task == "own":
+        check_sayable(problems[0], taken)
+    return play(graph, problems, taken, run, **more)
 
 
 def _scripted(role: str, options: argparse.Namespace) -> Seat:
@@ -126,8 +143,3 @@ def check_sayable(problem: Problem, taken: Mapping[str, Seat]) -> None:
             engine: Any = seated.backend
             for picture in problem.pictures:
                 engine.placeholders(picture())
-
-
-async def _close(loaded: Mapping[str, Policy]) -> None:
-    for policy in loaded.values():
-        await policy.backend.aclose()

@@ -11,7 +11,7 @@ from monologue.tables import table
 
 def train(options: argparse.Namespace) -> int:
     """Trains a policy by a recipe."""
-    return {"starter": train_starter, "imitate": train_imitate}[options.stage](options)
+    return {"starter": train_starter, "imitate": train_imitate, "reinforce": train_reinforce}[options.stage](options)
 
 
 def train_starter(options: argparse.Namespace) -> int:
@@ -51,4 +51,30 @@ def train_imitate(options: argparse.Namespace) -> int:
     first, last = (report["curve"][end]["loss"] for end in (0, -1))
     print(f"{report['rows']} rows, {report['sampled']} sampled ids, loss {first:.3f} to {last:.3f}, written to {out}")
     print(f"play:  monologue play --{recipe.role} {out}")
+    return 0
+
+
+def train_reinforce(options: argparse.Namespace) -> int:
+    """Reinforcement on outcome."""
+    from monologue.commands import TASKS, named_task
+    from monologue.rollouts import reinforce
+    from monologue.training.recipe import RecipeError, override, read_recipe
+    from monologue.training.reinforcement import Reinforcement
+
+    recipe = Reinforcement.read(override(read_recipe(options.recipe), options.set, Reinforcement.model_fields))
+    if options.start:
+        recipe = recipe.model_copy(update={recipe.trained[0]: str(options.start)})
+    if options.dry_run:
+        print(recipe.model_dump_json(indent=1))
+        return 0
+    out = options.out or Path("runs") / "reinforced"
+    if recipe.task not in TASKS:
+        raise RecipeError(f"unknown task {recipe.task!r}; choose from {', '.join(sorted(TASKS))}")
+    lines = reinforce(recipe, out, None if recipe.runs else named_task(recipe.task, recipe.families), resume=options.resume)
+    shown = ("reward", "score", "kl", "entropy", "turns", "clipped", "examined")
+    rows = [[name, *(f"{line[name]:.3f}" for line in (lines[0], lines[-1]))] for name in shown if name in lines[0] and name in lines[-1]]
+    table(["measure", "first iteration", "last"], rows)
+    print(f"look:  monologue view {out}")
+    for role in recipe.trained:
+        print(f"play:  monologue play --{role} {out / role}")
     return 0

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.tools import StructuredTool
+from PIL.Image import Image
 
 from monologue.agents.chat import ChatCodec
 from monologue.agents.codec import TinyCodec
@@ -121,6 +122,21 @@ def test_a_caption_is_made_without_the_question_and_concluded_from(tmp_path: Pat
     assert problem.question not in answerer.requests[0].text
     assert questioner.requests[0].text.startswith("<bos> <user> a1 small solid red circle , " + problem.question.split()[0])
     assert questioner.requests[0].text.endswith("<assistant> <conclude>")
+
+
+def test_a_group_shares_the_pictures_of_its_problem(tmp_path: Path) -> None:
+    painted: Counter[str] = Counter()
+
+    def watched(problem: Problem) -> Problem:
+        def paint() -> Image:
+            painted[problem.id] += 1
+            return problem.pictures[0]()
+
+        return replace(problem, pictures=(paint,))
+
+    some = [watched(problem) for problem in problems(3)]
+    assert play("monologue", some, oracles(), tmp_path / "run", samples=4, progress=False).score().accuracy == 1.0
+    assert painted == {problem.id: 1 for problem in some} and all(check.ok for check in verify(tmp_path / "run"))
 
 
 def test_a_reply_that_does_not_parse_is_recorded_corrected_and_survived(tmp_path: Path) -> None:

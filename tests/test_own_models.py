@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from transformers import (
 from monologue.backends.checkpoints import quiet
 from monologue.cli import main
 from monologue.traces.store import RunReader
+from monologue.training.rewards import REWARDS
 from tests.tokens import HERMES, PLAIN, chat_tokenizer
 
 
@@ -69,6 +72,21 @@ def test_models_of_other_families_play_and_replay(llm: Path, vlm: Path, tmp_path
     assert {call.model for call in calls} <= {str(llm), str(vlm)}
     if graph == "direct":
         assert all(len(call.images) == 1 and call.images[0].grid == (1, 6, 6) for call in calls)
+
+
+@pytest.mark.parametrize("role, graph", [("questioner", "monologue"), ("answerer", "direct")])
+def test_models_of_other_families_are_reinforced(
+    llm: Path, vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], role: str, graph: str
+) -> None:
+    """Chat templates, pictures, M-RoPE of their own: the gate compares every id. Random weights earn nothing, so odd ids are paid for."""
+    monkeypatch.setitem(REWARDS, "odd", lambda episode: fmean(token % 2 for call in episode.calls() for token in call.sampled_ids))
+    settings = [f'questioner="{llm}"', f'answerer="{vlm}"', f'graph="{graph}"', f'trained=["{role}"]', "truncated=true", "lr=1e-3"]
+    settings += ["problems=2", "samples=3", "iterations=2", "max_tokens=12", "max_turns=3", "rewards={ odd = 1.0 }", 'families="near"']
+    words = ["train", "reinforce", "reinforce", "--out", str(tmp_path / "run")]
+    assert main([*words, *(word for setting in settings for word in ("--set", setting))]) == 0, capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and lines[1]["kl"] > 0 and all(line["compared"] == line["sampled"] > 0 for line in lines)
+    assert main(["verify", str(tmp_path / "run")]) == 0, capsys.readouterr().out
 
 
 def test_a_text_model_in_the_answerers_seat_is_refused(llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

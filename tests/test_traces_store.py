@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -149,6 +150,35 @@ play(Path({str(tmp_path / "run")!r}), episodes=20)
     episodes = list(RunReader(tmp_path / "run").episodes())
     assert len(episodes) == len({e.start.episode_id for e in episodes}) == 80
     assert all(e.complete and len(e.calls()) == 6 for e in episodes) and all(check.ok for check in verify(tmp_path / "run"))
+
+
+def test_a_named_pen_is_taken_up_after_a_crash_and_read_alone(tmp_path: Path) -> None:
+    """A torn last line is cut off first, so the next record stands on a line of its own."""
+    for name, problem in (("000001", "a"), ("000002", "b")):
+        with begin(Recorder(RunWriter(tmp_path / "run", resume=True, name=name)), problem) as episode:
+            episode.annotate(name="reward", value=1.0, source="test")
+            episode.finish("a")
+    for part in ("spans", "annotations"):
+        with (tmp_path / "run" / part / "000002.jsonl").open("a") as file:
+            file.write('{"record":"episode_st')
+    with begin(Recorder(RunWriter(tmp_path / "run", resume=True, name="000002")), "c") as episode:
+        episode.annotate(name="reward", value=0.5, source="test")
+        episode.finish("b")
+    found = {e.start.problem_id: [note.value for note in e.annotations] for e in RunReader(tmp_path / "run").episodes()}
+    assert found == {"a": [1.0], "b": [1.0], "c": [0.5]}
+    second = RunReader(tmp_path / "run", "000002")
+    assert [e.start.problem_id for e in second.episodes()] == ["b", "c"] and second.torn == 0
+    assert sorted(file.name for file in (tmp_path / "run" / "spans").iterdir()) == ["000001.jsonl", "000002.jsonl"]
+
+
+def test_ids_do_not_repeat_when_a_trainer_seeds_everything(tmp_path: Path) -> None:
+    recorder, seen = Recorder(RunWriter(tmp_path / "run")), set()
+    for _ in range(2):
+        random.seed(0)
+        with begin(recorder) as episode:
+            seen.add(episode.id)
+            episode.finish(None)
+    assert len(seen) == 2
 
 
 def test_foreign_and_unwritable_folders_are_refused_in_one_sentence(tmp_path: Path) -> None:

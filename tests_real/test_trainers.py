@@ -1,4 +1,4 @@
-"""TRL, verl and verifiers read what we export, by their own loaders, and get what the run holds.
+"""TRL, verl and verifiers read what we export, by their own loaders, and get what the run holds; their losses are ours.
 
 Each loader runs in the environment that ``tests_real/install_trainers.sh`` makes, in a process that knows nothing of monologue. A tool
 that could not be installed skips its test with the reason that the script kept; a tool that is simply not there fails it.
@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from monologue.cli import main
 from monologue.seating import starter
+from monologue.training import losses
 from monologue.training.exports.trl import to_trl
 from monologue.training.exports.verifiers import to_verifiers
 from monologue.training.exports.verl import to_verl
+from monologue.training.objectives import Ppo
 from monologue.training.rows import Row, read_rows
 
 HERE = Path(__file__).parent
@@ -126,3 +130,99 @@ def test_verl_loads_both_with_pictures(direct: Path, tmp_path: Path) -> None:
     gold = [one["reward_model"]["ground_truth"] for one in asked]
     assert [one["trained"] for one in told] == [f"{answer} <eos>" for answer in gold]
     assert [one["pictures"] for one in told] == [[36, 1176]] * 4
+
+
+# Losses and advantages on the same random tensors, gradients too, to 1e-6 in float64.
+
+B, T = 8, 13
+LOW, HIGH, CAP = 0.2, 0.28, 2.0
+GROUPS = [0, 0, 0, 0, 1, 1, 1, 1]
+DIVERGENCES = [0.0, 5.5, 6.0, 7.0, 60.0]
+CLOSE: dict[str, Any] = {"rtol": 0, "atol": 1e-6}
+
+
+@pytest.fixture(scope="module", params=range(3))
+def tables(request: pytest.FixtureRequest) -> dict[str, Tensor]:
+    dice = torch.Generator().manual_seed(request.param)
+    draw = lambda *shape: torch.randn(*shape, generator=dice, dtype=torch.float64)  # noqa: E731
+    mask = (torch.rand(B, T, generator=dice) < 0.7).double()
+    mask[:, 0] = 1
+    old = -draw(B, T).abs()
+    found = {"mask": mask, "old": old, "new": old + 0.4 * draw(B, T), "behaviour": old + 0.2 + 0.5 * draw(B, T)}
+    found |= {"reference": old + 0.3 * draw(B, T), "advantage": draw(B, 1).expand(B, T).contiguous(), "reward": draw(B, T) * mask}
+    return found | {"value": draw(B, T), "value_now": draw(B, T)}
+
+
+def asked(tables: dict[str, Tensor], file: Path, **facts: Any) -> Path:
+    plain = {"tables": {name: values.tolist() for name, values in tables.items()}, "low": LOW, "high": HIGH, "cap": CAP, **facts}
+    file.write_text(json.dumps(plain))
+    return file
+
+
+def flat(tables: dict[str, Tensor]) -> dict[str, Tensor]:
+    kept = tables["mask"] > 0
+    return {name: values[kept] for name, values in tables.items()} | {"unit": torch.arange(B).unsqueeze(1).expand(B, T)[kept]}
+
+
+def table(values: Tensor, tables: dict[str, Tensor]) -> Tensor:
+    found = torch.zeros(B, T, dtype=torch.float64)
+    found[tables["mask"] > 0] = values
+    return found
+
+
+def test_grpo_with_stale_logs_and_kl_is_trls(tables: dict[str, Tensor], tmp_path: Path) -> None:
+    """TRL looks for drift from the present weights, we from those when the update began; at its beginning they are the same."""
+    begun = {**tables, "new": tables["old"]}
+    theirs = load("trl", "trl_loss.py", asked(begun, tmp_path / "t.json", kl=0.04, delta=0.1))
+    f = flat(begun)
+    new = f["new"].clone().requires_grad_(True)
+    kept = losses.stale_mask(f["old"], f["behaviour"], f["advantage"], f["mask"], f["unit"], 0.1)
+    assert 0 < kept.mean() < 1
+    weights, count = f["advantage"] * losses.importance(f["old"], f["behaviour"], CAP) * kept, float(begun["mask"].sum())
+    loss = losses.surrogate(new, f["old"], weights, count, low=LOW, high=HIGH, dual=None)
+    loss = loss + 0.04 * losses.kl_estimate(new, f["reference"]).sum() / count
+    loss.backward()
+    assert new.grad is not None and loss.item() == pytest.approx(theirs["loss"], abs=1e-6)
+    torch.testing.assert_close(table(new.grad, begun), torch.tensor(theirs["gradient"], dtype=torch.float64), **CLOSE)
+
+
+def test_the_clipped_surrogate_is_trls(tables: dict[str, Tensor], tmp_path: Path) -> None:
+    theirs = load("trl", "trl_loss.py", asked(tables, tmp_path / "t.json", kl=0.0, delta=None))
+    f = flat(tables)
+    new = f["new"].clone().requires_grad_(True)
+    weights = f["advantage"] * losses.importance(f["old"], f["behaviour"], CAP)
+    loss = losses.surrogate(new, f["old"], weights, float(tables["mask"].sum()), low=LOW, high=HIGH, dual=None)
+    loss.backward()
+    assert new.grad is not None and loss.item() == pytest.approx(theirs["loss"], abs=1e-6)
+    torch.testing.assert_close(table(new.grad, tables), torch.tensor(theirs["gradient"], dtype=torch.float64), **CLOSE)
+
+
+def test_surrogate_critic_gae_rloo_weights_and_controller_are_verls(tables: dict[str, Tensor], tmp_path: Path) -> None:
+    theirs = load("verl", "verl_loss.py", asked(tables, tmp_path / "t.json", groups=GROUPS, divergences=DIVERGENCES))
+    f, count = flat(tables), float(tables["mask"].sum())
+
+    def same(ours: Tensor, name: str) -> None:
+        torch.testing.assert_close(table(ours, tables), torch.tensor(theirs[name], dtype=torch.float64) * tables["mask"], **CLOSE)
+
+    new, now = f["new"].clone().requires_grad_(True), f["value_now"].clone().requires_grad_(True)
+    policy = losses.surrogate(new, f["old"], f["advantage"], count, low=LOW, high=HIGH, dual=3.0)
+    critic = losses.value_loss(now, f["value"], f["reward"], f["mask"], count, 0.2)
+    torch.autograd.backward([policy, critic])
+    assert new.grad is not None and now.grad is not None
+    assert (policy.item(), critic.item()) == (pytest.approx(theirs["policy"], abs=1e-6), pytest.approx(theirs["critic"], abs=1e-6))
+    same(new.grad, "gradient")
+    same(now.grad, "critic gradient")
+    advantages = losses.gae(f["reward"], f["value"], f["unit"], 0.97, 0.9)
+    same(losses.whiten(advantages, f["mask"]), "advantages")
+    same(advantages + f["value"], "returns")
+    same(losses.kl_estimate(f["new"], f["reference"]), "k3")
+    weights = losses.importance(f["old"], f["behaviour"], CAP)
+    same(weights, "weights")
+    assert losses.effective_share(weights) == pytest.approx(theirs["effective"], abs=1e-5)
+    scores = tables["reward"].sum(1)
+    others = torch.stack([(scores[group].sum() - scores[group]) / 3 for group in (slice(0, 4), slice(4, 8))]).flatten()
+    same((scores - others).unsqueeze(1).expand(B, T)[tables["mask"] > 0], "alone")
+    price, objective = 0.2, Ppo(kl=0.2, target=6.0, horizon=10_000)
+    for divergence, expected in zip(DIVERGENCES, theirs["prices"], strict=True):
+        price = objective.adapted(price, divergence, 64)
+        assert price == pytest.approx(expected, abs=1e-9)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from typing import Any
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanLimits, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 from PIL.Image import Image
 
@@ -39,6 +41,18 @@ from monologue.traces.store import RunWriter
 
 LIMITS = SpanLimits(max_attributes=512, max_events=4096, max_attribute_length=None)
 Cause = BaseException | None
+
+
+class Ids(IdGenerator):
+    """Ids from the system's randomness. OpenTelemetry draws its own from Python's ``random``, which every trainer seeds: two runs of one
+    seed would share their ids, and a resumed run would give some away a second time.
+    """
+
+    def generate_span_id(self) -> int:
+        return secrets.randbits(64) or 1
+
+    def generate_trace_id(self) -> int:
+        return secrets.randbits(128) or 1
 
 
 class LineProcessor(SpanProcessor):
@@ -85,7 +99,7 @@ class Recorder:
         self.run = run
         self.privacy = Privacy(capture, redact)
         resource = Resource.create({"service.name": "monologue", "openinference.project.name": "monologue", names.RUN: run.run_id})
-        self._provider = TracerProvider(resource=resource, span_limits=LIMITS, shutdown_on_exit=False)
+        self._provider = TracerProvider(resource=resource, span_limits=LIMITS, shutdown_on_exit=False, id_generator=Ids())
         for processor in (LineProcessor(run), *extra_processors):
             self._provider.add_span_processor(processor)
         self.tracer = self._provider.get_tracer("monologue", schema_url=names.SCHEMA_URL)

@@ -51,9 +51,17 @@ class Appender:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._mend()
         except OSError as error:
             raise _unwritable(path, error) from error
+
+    def _mend(self) -> None:
+        """Cuts off the torn last line that a killed process left, so that the next one begins on a line of its own."""
+        end = os.fstat(self._file).st_size
+        while end and os.pread(self._file, 1, end - 1) != b"\n":
+            end -= 1
+        os.ftruncate(self._file, end)
 
     def append(self, line: bytes) -> None:
         """One line, or none of it. Raises RunError."""
@@ -81,20 +89,23 @@ def _unwritable(path: Path, error: OSError) -> RunError:
 class RunWriter:
     """One process's pen in a run folder."""
 
-    def __init__(self, path: str | Path, config: Mapping[str, Any] | None = None, resume: bool = False) -> None:
-        """Makes the folder, or joins it with ``resume``. Raises RunError where it exists already, is foreign, or cannot be written."""
+    def __init__(self, path: str | Path, config: Mapping[str, Any] | None = None, resume: bool = False, name: str = "") -> None:
+        """Makes the folder, or joins it with ``resume``. Raises RunError where it exists already, is foreign, or cannot be written.
+
+        ``name`` is that of the pen's files (default: one that no other process has). Whoever gives one sees to it that only one process at
+        a time writes under it, and may take it up again after a crash.
+        """
         self.path = Path(path)
         try:
-            for name in ("spans", "annotations", "images"):
-                (self.path / name).mkdir(parents=True, exist_ok=True)
+            for part in ("spans", "annotations", "images"):
+                (self.path / part).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _unwritable(self.path, error) from error
         self.info = self._join(dict(config or {}), resume)
         self.run_id = str(self.info["run_id"])
-        writer = f"{os.getpid()}-{secrets.token_hex(4)}"
-        self._spans = Appender(self.path / "spans" / f"{writer}.jsonl")
+        self.named, self.name = bool(name), name or f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._spans = Appender(self.path / "spans" / f"{self.name}.jsonl")
         self._notes: Appender | None = None
-        self._writer = writer
         self.listener: Callable[[Record], None] | None = None
         """Told of each record once it is on disk."""
 
@@ -130,7 +141,7 @@ class RunWriter:
     def annotate(self, record: Annotation) -> None:
         """Appends one annotation. Raises RunError."""
         if self._notes is None:
-            self._notes = Appender(self.path / "annotations" / f"{self._writer}.jsonl")
+            self._notes = Appender(self.path / "annotations" / f"{self.name}.jsonl")
         self._notes.append(record.model_dump_json().encode() + b"\n")
         if self.listener:
             self.listener(record)
@@ -189,8 +200,9 @@ class Episode:
 class RunReader:
     """A run as it lies. Episodes stream from the files one writer after another; only those under way are held in memory."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, writers: str = "*") -> None:
+        """``writers``: a pattern of pens' names; only what they wrote is read. Raises RunError."""
+        self.path, self._writers = Path(path), writers
         self.info = read_info(path)
         self.torn = 0
         """Torn last lines that the last pass over the run has skipped."""
@@ -199,7 +211,7 @@ class RunReader:
         """Finished episodes as they end, unfinished ones of a writer at its file's end. Raises RunError on a corrupt line."""
         self.torn = 0
         notes = self._annotations()  # where they lie, not what they say: a run may have more of them than fit in memory
-        for file in sorted((self.path / "spans").glob("*.jsonl")):
+        for file in sorted((self.path / "spans").glob(f"{self._writers}.jsonl")):
             open_ones: dict[str, Episode] = {}
             for number, record in self._lines(file):
                 if isinstance(record, EpisodeStart):
@@ -225,7 +237,7 @@ class RunReader:
     def _annotations(self) -> dict[str, list[tuple[Path, int]]]:
         """File and offset of every annotation, by episode."""
         found: dict[str, list[tuple[Path, int]]] = {}
-        for file in sorted((self.path / "annotations").glob("*.jsonl")):
+        for file in sorted((self.path / "annotations").glob(f"{self._writers}.jsonl")):
             offset = 0
             for number, line in self._whole_lines(file):
                 record = parse_line(line, f"{file}, line {number}")

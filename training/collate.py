@@ -126,13 +126,34 @@ def _sampling(piece: Piece) -> Sampling:
     return Sampling(temperature=piece.temperature, top_p=piece.top_p or 1.0, top_k=piece.top_k or 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a model makes of a batch."""
+
+    logprobs: Tensor
+    """(S,) of the sampled ids, float64."""
+    entropies: Tensor | None
+    """(S,) nats, of the distribution that each id was drawn from."""
+    states: Tensor | None
+    """(S, D) last hidden state that predicted each id."""
+
+
 def sampled_logprobs(model: Any, batch: Batch, banned: Sequence[int] = (), *, plain: bool = False) -> Tensor:
     """(S,) log-probs in float64, with gradient where the model has it: of the distribution that was sampled, or of the ``plain`` model."""
+    return score(model, batch, banned, plain=plain).logprobs
+
+
+def score(
+    model: Any, batch: Batch, banned: Sequence[int] = (), *, plain: bool = False, entropies: bool = False, states: bool = False
+) -> Scored:
+    """``sampled_logprobs``, and what else is asked for."""
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
     before = torch.unique(batch.column - 1)  # (K,) an id is predicted one place earlier
-    logits = model(**inputs, logits_to_keep=before.to(device), use_cache=False).logits  # (B, K, V)
-    place = torch.searchsorted(before, batch.column - 1).to(device)  # (S,)
+    out = model(**inputs, logits_to_keep=before.to(device), use_cache=False, output_hidden_states=states)
+    row, place = batch.row.to(device), torch.searchsorted(before, batch.column - 1).to(device)  # (S,)
     samplings = [PLAIN] if plain else batch.samplings
-    log_probs = log_distribution(logits[batch.row.to(device), place], samplings, banned)  # (S, V)
-    return log_probs.gather(-1, batch.sampled.to(device).unsqueeze(-1)).squeeze(-1)
+    log_probs = log_distribution(out.logits[row, place], samplings, banned)  # (S, V) of (B, K, V)
+    found = log_probs.gather(-1, batch.sampled.to(device).unsqueeze(-1)).squeeze(-1)
+    spread = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1) if entropies else None
+    return Scored(found, spread, out.hidden_states[-1][row, (batch.column - 1).to(device)] if states else None)

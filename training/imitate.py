@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from monologue.backends.checkpoints import open_checkpoint, quiet
+from monologue.backends.checkpoints import open_checkpoint, save_checkpoint
 from monologue.backends.inputs import Inputs
 from monologue.backends.tokens import tokenizer_hash
 from monologue.traces.store import RunReader
@@ -91,7 +91,7 @@ def imitate(
     settings = arguments(Path(out), steps=steps, batch=batch, lr=lr, seed=seed, **more)
     trainer = RowTrainer(model, rows, Collate(inputs, reader.picture), loss, settings)
     trainer.train()
-    save(trainer, checkpoint, Path(out))
+    save_checkpoint(checkpoint, out, trainer.accelerator.unwrap_model(trainer.model))
     report = {
         "role": role,
         "rows": len(rows),
@@ -114,12 +114,3 @@ def chosen(rows: Iterable[Row], keep: Callable[[Row], bool], role: str, tokenize
         theirs = f"episode {foreign.episode_id} holds ids of the tokenizer {foreign.tokenizer_hash[:12]}"
         raise RowError(f"{theirs}, the model to be trained has {own[:12]}; ids of one tokenizer mean nothing to another")
     return found
-
-
-def save(trainer: Any, checkpoint: Any, out: Path) -> None:
-    """A checkpoint folder with all that a policy needs, and no pickle in it."""
-    with quiet():
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
-    checkpoint.tokenizer.save_pretrained(out)
-    if checkpoint.image_processor is not None:
-        checkpoint.image_processor.save_pretrained(out)

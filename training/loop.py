@@ -1,5 +1,7 @@
 """The one training loop: rows through ``transformers.Trainer``, which brings optimizer, schedule, accumulation, resume, sharding, trackers.
 
+``RowTrainer`` goes through rows that are there already (imitation), ``StreamTrainer`` through micro-batches that are made on the way.
+
 What we add is exactness. The loss of a step is a sum over sampled ids divided by the number of trained ids in the *whole* step, all
 accumulated batches and all processes together; ``Trainer`` counts them from ``labels``, which therefore hold the trained ids and nothing
 else. So one batch of 32, four of 8, and two processes of 16 take the same step.
@@ -8,7 +10,7 @@ else. So one batch of 32, four of 8, and two processes of 16 take the same step.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,86 @@ class RowTrainer(Trainer):
         loss = self._loss(model, inputs["batch"], float(num_items_in_batch))
         loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, but the count is of all of them
         return (loss, {}) if return_outputs else loss
+
+
+class StreamTrainer(Trainer):
+    """``Trainer`` over micro-batches that are made while it trains, e.g. by playing with the weights it has just changed.
+
+    Nothing is fetched ahead: a micro-batch is asked for when its step begins. Groups of parameters keep their own gradient clipping,
+    since two policies in one step have nothing to do with each other's norms.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        groups: Sequence[dict[str, Any]],
+        stream: Iterable[Any],
+        loss: StreamLoss,
+        settings: TrainingArguments,
+        **options: Any,
+    ) -> None:
+        """``groups``: of an optimizer, each with ``params`` and ``lr``. ``model`` has ``save(folder)`` and ``load(folder)``."""
+        super().__init__(model=model, args=settings, **options)
+        self.compute_loss_func = loss  # only its presence matters: losses are divided already, the loop must not divide again
+        self.remove_callback(PrinterCallback)
+        self._groups, self._stream, self._loss = groups, stream, loss
+        self.lost: list[float] = []
+        """Loss of each step since this was last emptied."""
+
+    def get_train_dataloader(self) -> Any:
+        """The stream itself."""
+        return _Endless(self._stream)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
+        """One micro-batch's part of the step's loss."""
+        loss = self._loss(model, inputs["micro"])
+        if inputs["first"]:
+            self.lost.append(0.0)
+        self.lost[-1] += float(loss.detach())
+        loss = loss * self.accelerator.num_processes  # gradients are averaged over processes, but counts are of all of them
+        return (loss, {}) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with our groups; each is clipped for itself before a step."""
+        if self.optimizer is None:
+            most, a = self.args.max_grad_norm, self.args
+            self.optimizer = torch.optim.AdamW(
+                self._groups, betas=(a.adam_beta1, a.adam_beta2), eps=a.adam_epsilon, weight_decay=a.weight_decay
+            )
+            self.args.max_grad_norm = 0.0
+
+            def clip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+                for group in optimizer.param_groups:
+                    torch.nn.utils.clip_grad_norm_(group["params"], most)
+
+            if most > 0:
+                self.optimizer.register_step_pre_hook(clip)
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            self.accelerator.unwrap_model(self.model).save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.accelerator.unwrap_model(self.model).load(Path(resume_from_checkpoint))
+
+
+StreamLoss = Callable[[Any, Any], Tensor]
+"""Model and micro-batch; gives its part of the step's loss, divided already."""
+
+
+class _Endless:
+    """What ``Trainer`` takes for a data loader without a length."""
+
+    def __init__(self, stream: Iterable[Any]) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._stream)
 
 
 def _step(batch: Batch) -> dict[str, Any]:

@@ -1,0 +1,137 @@
+"""Plays for a trainer: the command line's side of ``monologue.training.sources.Stage``.
+
+Roles that are trained are sampled, the others are greedy, so that what varies within a group is the trained policy alone. An examination is
+greedy in every seat, on held-out problems, and leaves no trace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from monologue.agents.load import load_policy
+from monologue.agents.policy import Policy
+from monologue.backends.base import Sampling
+from monologue.graphs.play import play
+from monologue.graphs.registry import find
+from monologue.seating import starter
+from monologue.tasks.base import Problem, Task
+from monologue.traces.store import RunError, RunWriter
+from monologue.training.policies import Learner
+from monologue.training.recipe import RecipeError
+from monologue.training.reinforce import reinforce as train
+from monologue.training.reinforcement import Reinforcement
+
+TOGETHER = 128
+"""Episodes at once."""
+
+
+class Rollouts:
+    """The seats of a recipe's graph, and its problems in order."""
+
+    def __init__(self, recipe: Reinforcement, task: Task, seats: Mapping[str, Policy]) -> None:
+        """Raises RecipeError where a trained role has no seat in the graph."""
+        strange = sorted(set(recipe.trained) - set(find(recipe.graph).roles))
+        if strange:
+            raise RecipeError(
+                f"graph {recipe.graph!r} has no seat for {', '.join(strange)}; its seats are {', '.join(find(recipe.graph).roles)}"
+            )
+        self.recipe, self.task, self.seats = recipe, task, dict(seats)
+        self._next, self._problems = 0, self._endless()
+
+    def play(self, iteration: int, pen: RunWriter) -> None:
+        """Raises RunError where no episode of the iteration ended well."""
+        recipe = self.recipe
+        summary = play(
+            recipe.graph,
+            self.problems(iteration),
+            self.seats,
+            pen,
+            samples=recipe.samples,
+            seed=recipe.seed * 1_000_003 + iteration,
+            max_turns=recipe.max_turns,
+            concurrency=TOGETHER,
+            score=self.task.score,
+            progress=False,
+        )
+        for episode in summary.failed[:1]:
+            print(f"monologue: iteration {iteration}: {len(summary.failed)} episodes failed, e.g. {episode.error}", file=sys.stderr)
+        if not summary.ok:
+            raise RunError(f"no episode of iteration {iteration} ended well: {summary.failed[0].error}")
+
+    def push(self, role: str, folder: Path, version: str) -> None:
+        """The engine of a role loads the folder."""
+        asyncio.run(self.seats[role].backend.load(str(folder), version))
+
+    def policy(self, role: str) -> str:
+        return self.seats[role].policy_id
+
+    def examine(self, iteration: int) -> dict[str, float]:
+        """Accuracy on the first validation problems."""
+        greedy = {role: replace(seat, sampling=replace(seat.sampling, temperature=0.0)) for role, seat in self.seats.items()}
+        problems = list(self.task.problems("validation", self.recipe.examine))
+        options: dict[str, Any] = {"max_turns": self.recipe.max_turns, "concurrency": TOGETHER, "score": self.task.score, "progress": False}
+        with tempfile.TemporaryDirectory() as folder:
+            summary = play(self.recipe.graph, problems, greedy, Path(folder) / "run", **options)
+        scores = {episode.problem_id: episode.score or 0.0 for episode in summary.episodes}
+        return {"examined": sum(scores.values()) / len(problems)}
+
+    def problems(self, iteration: int) -> list[Problem]:
+        """An iteration's problems; a task that has an end begins again."""
+        count = self.recipe.problems
+        wanted = self.recipe.first + iteration * count
+        if wanted < self._next:
+            self._next, self._problems = 0, self._endless()
+        found = list(itertools.islice(self._problems, wanted - self._next, wanted - self._next + count))
+        self._next = wanted + count
+        return found
+
+    def _endless(self) -> Iterator[Problem]:
+        while True:
+            empty = True
+            for problem in self.task.problems(self.recipe.split, None, self.recipe.seed):
+                empty = False
+                yield problem
+            if empty:
+                raise RecipeError(f"the split {self.recipe.split!r} of task {self.task.name!r} has no problems")
+
+
+def reinforce(
+    recipe: Reinforcement | Mapping[str, Any], out: str | Path, task: Task | None = None, *, resume: bool = False, **more: Any
+) -> list[dict[str, Any]]:
+    """Reinforces the policies that a recipe names, by playing ``task`` or, without one, from the runs that it names; writes run, curves and
+    checkpoints to ``out`` and the trained policies to ``out/ROLE``. Returns the lines of ``metrics.jsonl``; ``more`` are further
+    ``TrainingArguments``. ``resume`` goes on with what a killed run left, from its beginning where it left no checkpoint.
+
+    Raises RecipeError, RunError, RowError, GateError, BackendError, CodecError.
+    """
+    chosen = recipe if isinstance(recipe, Reinforcement) else Reinforcement.read(dict(recipe))
+    numbers: dict[str, Any] = {"device": chosen.device, "dtype": chosen.dtype, "lora": chosen.lora}
+    learners = {role: Learner.open(source_of(chosen, role), **numbers) for role in chosen.trained}
+    stage = None if task is None else Rollouts(chosen, task, seated(chosen))
+    return train(chosen, out, learners, stage, resume=resume, **more)
+
+
+def seated(recipe: Reinforcement) -> dict[str, Policy]:
+    """The policies of a recipe in this process. Raises BackendError, CodecError."""
+    found, numbers = {}, "bfloat16" if recipe.dtype == "bfloat16" else "float32"
+    for role in find(recipe.graph).roles:
+        heat, nucleus = (recipe.temperature, recipe.top_p) if role in recipe.trained else (0.0, 1.0)
+        sampling, source = Sampling(heat, nucleus, max_tokens=recipe.max_tokens), source_of(recipe, role)
+        engine: dict[str, Any] = {"max_batch": TOGETHER, "device": recipe.device, "dtype": numbers}
+        found[role] = load_policy(source, role, sampling=sampling, policy_id=role, **engine)
+    return found
+
+
+def source_of(recipe: Reinforcement, role: str) -> str:
+    """Folder or Hub name of a role's checkpoint. Raises RecipeError for a role that a recipe cannot name."""
+    named = {"questioner": recipe.questioner, "answerer": recipe.answerer}
+    if role not in named:
+        raise RecipeError(f"a recipe names checkpoints for {', '.join(named)}, got the role {role!r}")
+    return str(starter(role)) if named[role] == "starter" else named[role]

@@ -1,0 +1,255 @@
+"""The loop: what is played is proven, credited and learned from; however it is cut it takes the same step; killed, it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from monologue.cli import main
+from monologue.rollouts import Rollouts, seated, source_of
+from monologue.seating import starter
+from monologue.tasks.shapes import Shapes
+from monologue.traces.page.detail import curves
+from monologue.traces.store import RunReader
+from monologue.traces.verify import verify
+from monologue.training.adapters import Lora
+from monologue.training.gate import GateError
+from monologue.training.policies import Learner
+from monologue.training.recipe import RecipeError, read_recipe
+from monologue.training.reinforce import latest, reinforce
+from monologue.training.reinforcement import Reinforcement
+from monologue.training.released import as_released
+from monologue.training.replay import Weights
+from monologue.training.rows import read_rows
+
+ROOT = Path(__file__).parent.parent
+FAMILIES = ("attribute", "near")
+SMALL: dict[str, Any] = {
+    **{"problems": 3, "samples": 3, "temperature": 2.5, "max_tokens": 16, "max_turns": 4, "iterations": 2, "families": ",".join(FAMILIES)},
+    **{"guards": {"entropy": None}, "lr": 1e-3, "rewards": {"questions": -0.05, "tokens": -0.02}},
+}
+
+
+def go(out: Path, *, stage: type[Rollouts] = Rollouts, resume: bool = False, **settings: Any) -> list[dict[str, Any]]:
+    recipe = Reinforcement.read({**SMALL, **settings})
+    learners = {role: Learner.open(source_of(recipe, role), dtype=recipe.dtype, lora=recipe.lora) for role in recipe.trained}
+    return reinforce(recipe, out, learners, stage(recipe, Shapes(FAMILIES), seated(recipe)), resume=resume)
+
+
+def offline(out: Path, run: Path, **settings: Any) -> list[dict[str, Any]]:
+    recipe = Reinforcement.read({"runs": [str(run)], "iterations": 2, "rows": 8, "guards": {"entropy": None}, **settings})
+    return reinforce(recipe, out, {role: Learner.open(source_of(recipe, role)) for role in recipe.trained})
+
+
+def gap(one: Path, other: Path) -> float:
+    """Largest difference of any weight."""
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    return max(float((first[name].double() - second[name].double()).abs().max()) for name in first)
+
+
+def test_a_run_holds_episodes_rewards_advantages_curves_and_weights_to_replay(tmp_path: Path) -> None:
+    lines = go(tmp_path, passes=2, minibatches=2)
+    assert [line["step"] for line in lines] == [0, 1] and lines[0]["kl"] == 0.0 < lines[1]["kl"]
+    assert all(len(line["losses"]) == 4 and line["drift"] < 1e-5 and line["compared"] == line["sampled"] for line in lines)
+    reader = RunReader(tmp_path)
+    assert len(list(reader.episodes())) == 2 * 9 and all(check.ok for check in verify(tmp_path))
+    rows = list(read_rows(reader, ["questioner"]))
+    for row in rows:
+        notes = {note.span_id: note.value for note in row.rewards if note.name == "advantage"}
+        assert set(notes) == {piece.span_id for piece in row.pieces} and row.reward("questions") is not None
+    start, later = Learner.open(str(starter("questioner"))).checkpoint.version, f"v1.{reader.info['run_id'][:8]}"
+    assert {piece.weights_version for row in rows for piece in row.pieces} == {start, later}
+    assert {"reward", "entropy", "kl", "loss", "turns", "clipped"} <= {curve["name"] for curve in curves(tmp_path)}
+    played, weights = tmp_path / "checkpoints" / "questioner", Weights(tmp_path)
+    calls = [call for episode in reader.episodes() for call in episode.calls()]
+    assert {weights.source(call) for call in calls if call.weights_version == later} == {str(played / later)}
+    assert gap(tmp_path / "questioner", played / later.replace("v1", "v2")) == 0.0 < gap(tmp_path / "questioner", starter("questioner"))
+
+
+def test_accumulation_and_the_cut_of_rows_change_no_step(tmp_path: Path) -> None:
+    """The same first batch, in one piece and in four, takes the same step, for both differentiable forms and with a critic."""
+    for name in ("grpo", "ppo", "topr"):
+        for pieces in (1, 4):
+            go(tmp_path / f"{name}{pieces}", objective={"name": name}, accumulation=pieces, dtype="float64", iterations=1, seed=3)
+        assert gap(tmp_path / f"{name}1" / "questioner", tmp_path / f"{name}4" / "questioner") < 1e-9
+        assert gap(tmp_path / f"{name}1" / "questioner", starter("questioner")) > 1e-5
+
+
+def test_roles_move_in_turn_and_only_then(tmp_path: Path) -> None:
+    settings = {"trained": ["questioner", "answerer"], "lr": {"questioner": 1e-3, "answerer": 3e-4}, "keep": 9}
+    lines = go(tmp_path / "turns", alternate=1, **settings)
+    assert "questioner entropy" in lines[0] and "answerer entropy" not in lines[0] and "answerer entropy" in lines[1]
+    played = tmp_path / "turns" / "checkpoints"
+    assert [path.name[:3] for path in (played / "questioner").iterdir()] == ["v1."]
+    assert [path.name[:3] for path in (played / "answerer").iterdir()] == ["v2."]
+    lines = go(tmp_path / "both", **settings)
+    assert all(f"{role} drift" in line for role in settings["trained"] for line in lines)
+    assert all(gap(tmp_path / "both" / role, starter(role)) > 0 for role in settings["trained"])
+
+
+def test_weights_that_were_not_pushed_are_refused_before_the_next_step(tmp_path: Path) -> None:
+    class Forgetful(Rollouts):
+        def push(self, role: str, folder: Path, version: str) -> None:
+            super().push(role, Path(starter(role)), version)
+
+    with pytest.raises(GateError, match=r"span [0-9a-f]{16}: recorded log-probs differ"):
+        go(tmp_path, stage=Forgetful)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_old_runs_are_learned_from_when_their_weights_can_be_replayed(tmp_path: Path) -> None:
+    go(tmp_path / "run", keep=9)
+    before = sorted((file.name, file.stat().st_size) for file in (tmp_path / "run" / "spans").iterdir())
+    for objective in ({"name": "grpo"}, {"name": "topr"}, {"name": "awr"}, {"name": "filter", "least": -9.0}):
+        name = objective["name"]
+        lines = offline(tmp_path / name, tmp_path / "run", objective=objective)
+        assert len(lines) == 2 and gap(tmp_path / name / "questioner", starter("questioner")) > 0
+        if name in ("grpo", "topr"):
+            assert lines[0]["effective"] < 1.0 and 0 < lines[0]["compared"] < lines[0]["sampled"], "some of it is stale"
+    assert before == sorted((file.name, file.stat().st_size) for file in (tmp_path / "run" / "spans").iterdir())
+    for folder in (tmp_path / "run" / "checkpoints" / "questioner").iterdir():
+        folder.rename(tmp_path / folder.name)
+    with pytest.raises(GateError, match=r"no weights for 'questioner@v1\..*proof=0"):
+        offline(tmp_path / "gone", tmp_path / "run")
+    assert offline(tmp_path / "unproven", tmp_path / "run", proof=0)
+
+
+def test_an_oracles_run_has_no_log_probs_to_form_ratios_with(tmp_path: Path) -> None:
+    assert main(["play", "--questioner", "oracle", "--n", "6", "--families", "near", "--out", str(tmp_path / "oracle")]) == 0
+    with pytest.raises(GateError, match="no log-probs"):
+        offline(tmp_path / "grpo", tmp_path / "oracle", objective={"name": "topr"})
+    assert offline(tmp_path / "awr", tmp_path / "oracle", objective={"name": "filter"})
+
+
+def test_adapters_move_alone_and_leave_as_whole_weights(tmp_path: Path) -> None:
+    """The gate passes on what the engine loaded: adapters added in. A resume takes up the small matrices; the start stays what it was."""
+    pytest.importorskip("peft", reason="an extra: pip install 'monologue[lora]'")
+    lines = go(tmp_path / "run", lora={"rank": 4, "alpha": 8}, iterations=3, save_every=2, lr=1e-2)
+    assert lines[0]["kl"] == 0.0 < lines[1]["kl"] and all(line["compared"] == line["sampled"] for line in lines)
+    assert gap(tmp_path / "run" / "questioner", starter("questioner")) > 1e-4
+    names = set(load_file(tmp_path / "run" / "questioner" / "model.safetensors"))
+    assert names == set(load_file(starter("questioner") / "model.safetensors"))
+    shutil.rmtree(tmp_path / "run" / "trainer" / "checkpoint-3")
+    again = go(tmp_path / "run", lora={"rank": 4, "alpha": 8}, iterations=3, save_every=2, lr=1e-2, resume=True)
+    assert [line["losses"] for line in again] == [line["losses"] for line in lines]
+
+
+def test_adapters_without_peft_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(RecipeError, match="need the library 'peft'"):
+        Learner.open(str(starter("questioner")), lora=Lora())
+
+
+def test_the_released_scripts_view_cannot_pass_the_gate_and_can_be_had_on_purpose(tmp_path: Path) -> None:
+    lines = go(tmp_path / "sound", objective={"name": "ppo"}, reference=True)
+    flawed = go(tmp_path / "flawed", objective={"name": "ppo"}, compat="released")
+    spans = [note for row in read_rows(tmp_path / "sound", ["questioner"]) for note in row.rewards if note.name == "advantage"]
+    assert spans and all(note.scope == "token" and note.values and note.source == "objective:ppo" for note in spans)
+    assert lines[0]["drift"] < 1e-5 and flawed[0]["drift"] > 0.02 and flawed[0]["sampled"] == lines[0]["sampled"]
+    row = max(read_rows(tmp_path / "sound", ["questioner"]), key=lambda row: len(row.pieces))
+    bare = as_released(row)
+    assert len(row.pieces) > 1 and len(bare.ids) == row.pieces[0].start + sum(row.mask)
+    said = [row.ids[piece.start : piece.stop] for piece in row.pieces]
+    assert [bare.ids[piece.start : piece.stop] for piece in bare.pieces] == said
+
+
+def test_recipes_refuse_what_cannot_be_honoured(capsys: pytest.CaptureFixture[str]) -> None:
+    for settings, word in (
+        ({"objective": {"name": "topr", "cap": 2.0}}, "cap"),
+        ({"objective": {"name": "dpo"}}, "dpo"),
+        ({"alternate": 3}, "two trained roles"),
+        ({"compat": "released"}, "ppo on the questioner alone"),
+        ({"runs": ["x"], "objective": {"name": "ppo"}}, "fresh episodes"),
+        ({"lr": {"answerer": 1e-4}}, "one rate for each"),
+        ({"reference": False, "objective": {"name": "ppo"}}, "reference=true"),
+        ({"runs": ["x"], "problems": 3}, "belong to playing"),
+        ({"rows": 3}, "belong to logged runs"),
+        ({"speed": 1}, "speed"),
+    ):
+        with pytest.raises(RecipeError, match=word):
+            Reinforcement.read(settings)
+    with pytest.raises(RecipeError, match="unknown rewards beauty"):
+        reinforce(Reinforcement(rewards={"beauty": 1.0}), "/nowhere", {})
+    for shipped in ("reinforce", "outcome", "immo"):
+        recipe = Reinforcement.read(read_recipe(shipped))
+        assert main(["train", "reinforce", shipped, "--dry-run"]) == 0
+        assert json.loads(capsys.readouterr().out) == recipe.model_dump(mode="json")
+    assert main(["train", "reinforce", "reinforce", "--set", 'task="nothing"']) == 2
+    assert "unknown task 'nothing'" in capsys.readouterr().err
+
+
+def command(out: Path, *more: str, launcher: tuple[str, ...] = (), **own: Any) -> list[str]:
+    settings = {**SMALL, "iterations": 6, "save_every": 2, "passes": 2, **own}
+    words = [sys.executable, *launcher, "-m", "monologue", "train", "reinforce", "reinforce", "--out", str(out), *more]
+    for key, value in settings.items():
+        words += [] if isinstance(value, dict) else ["--set", f"{key}={json.dumps(value)}"]
+    tables = ('objective={ name = "ppo", kl = 0.05 }', "rewards={ questions = -0.05, tokens = -0.02 }", "guards={ entropy = 1e-9 }")
+    return [*words, *(word for table in tables for word in ("--set", table))]
+
+
+def surroundings() -> dict[str, Any]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {"env": environment, "cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+
+
+def losses(out: Path) -> list[Any]:
+    """Of every step: loss, what went into it, and what is carried on."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(len(lines)))
+    return [[line[name] for name in ("losses", "reward", "kl", "entropy", "penalty", "explained")] for line in lines]
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_with_what_was_played(tmp_path: Path) -> None:
+    whole = go(tmp_path)
+    assert go(tmp_path, resume=True) == whole, "nothing is left to do"
+    shutil.rmtree(tmp_path / "trainer")
+    first = go(tmp_path, resume=True)
+    assert [line["losses"] for line in first] == [line["losses"] for line in whole] and len(first) == 2
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len(list(RunReader(tmp_path).episodes())) == 2 * 9
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
+    """Only the first plays and writes; each learns from its share of the rows; gradients meet over gloo."""
+    own = {"iterations": 2, "dtype": "float64", "tolerance": 1e-3, "minibatches": 2}
+    for name, launcher in (("one", ()), ("two", ("-m", "torch.distributed.run", "--nproc-per-node", "2"))):
+        done = subprocess.run(command(tmp_path / name, launcher=launcher, **own), **surroundings())
+        assert done.returncode == 0, done.stderr.decode()
+    for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert one[0] == pytest.approx(two[0], abs=1e-6) and one[1:] == pytest.approx(two[1:], abs=1e-6) and len(one[0]) == 4
+    apart = gap(tmp_path / "one" / "questioner", tmp_path / "two" / "questioner")
+    assert apart < 1e-6 < 1e-5 < gap(tmp_path / "one" / "questioner", starter("questioner"))
+
+
+def test_a_killed_run_goes_on_with_the_same_losses_to_the_last_bit(tmp_path: Path) -> None:
+    options = surroundings()
+    whole = subprocess.run(command(tmp_path / "whole"), **options)
+    assert whole.returncode == 0, whole.stderr.decode()
+    killed = subprocess.Popen(command(tmp_path / "killed"), **options)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    while killed.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
+        time.sleep(0.02)
+    time.sleep(0.15)  # somewhere within the fourth iteration
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, "it was killed, it did not end"
+    killed.communicate()
+    checkpoint = latest(tmp_path / "killed" / "trainer")
+    assert checkpoint is not None and checkpoint.name in ("checkpoint-4", "checkpoint-8")
+    resumed = subprocess.run([*command(tmp_path / "killed"), "--resume"], **options)
+    assert resumed.returncode == 0, resumed.stderr.decode()
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 6
+    assert gap(tmp_path / "killed" / "questioner", tmp_path / "whole" / "questioner") == 0.0
+    finished = [e for e in RunReader(tmp_path / "killed").episodes() if e.complete]
+    assert len(finished) == 6 * 9 == len({e.start.episode_id for e in finished}), "nothing was played twice"
+    assert not torch.isnan(torch.tensor([value for line in losses(tmp_path / "whole") for value in line[0]])).any()

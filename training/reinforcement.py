@@ -1,0 +1,164 @@
+"""The recipe of stage two, as it stands in a TOML file."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from monologue.training.adapters import Lora
+from monologue.training.credit import Kind
+from monologue.training.gate import TOLERANCE, Guards
+from monologue.training.objectives import Grpo, Objective
+from monologue.training.recipe import RecipeError
+
+
+class Reinforcement(BaseModel):
+    """Which policies are reinforced, on what experience, and how. Keys that do not exist are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    policy: Literal["reinforce"] = "reinforce"
+    """The stage."""
+    trained: list[str] = Field(default=["questioner"], min_length=1)
+    """Roles whose weights move; the others stay as they are."""
+    alternate: int = Field(default=0, ge=0)
+    """The trained roles take turns of so many iterations; 0: all move at once."""
+    questioner: str = "starter"
+    """Checkpoint to begin with: a folder, a Hub name, or ``starter``."""
+    answerer: str = "starter"
+    """Checkpoint to begin with."""
+
+    runs: list[str] = []
+    """Folders of logged runs to learn from. Empty: play, with the weights as they are trained."""
+    rows: int = Field(default=64, ge=1)
+    """Offline: rows an iteration."""
+    task: str = "shapes"
+    """Online: what is played."""
+    split: str = "train"
+    """Of the task."""
+    families: str = ""
+    """Question families separated by commas; empty: all."""
+    graph: str = "monologue"
+    """Online: the graph."""
+    first: int = Field(default=0, ge=0)
+    """Number of the first problem, so that a run meets other problems than its prior did."""
+    problems: int = Field(default=16, ge=1)
+    """Online: problems an iteration."""
+    samples: int = Field(default=4, ge=1)
+    """Online: episodes a problem; a group."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Online: of the trained roles' sampling; the others are greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Online: nucleus of the trained roles' sampling."""
+    max_tokens: int = Field(default=64, ge=1)
+    """Online: sampled ids a turn at most."""
+    max_turns: int = Field(default=8, ge=1)
+    """Online: actions of the concluding seat at most."""
+    examine_every: int = Field(default=0, ge=0)
+    """Online: every so many iterations all seats are examined, greedy, on the validation split; 0: never."""
+    examine: int = Field(default=200, ge=1)
+    """Problems of an examination."""
+
+    objective: Objective = Grpo()
+    """What is maximised, with its settings."""
+    compat: Literal["", "released"] = ""
+    """``released``: score dialogues as IMMO's released script does, without the answers, gate off; to measure what that costs."""
+    credit: Kind = "team"
+    """Whose reward praises whom."""
+    share: float = Field(default=1.0, ge=0, le=1)
+    """Of the episode's reward, with ``per_role``."""
+    discount: float = Field(default=1.0, gt=0, le=1)
+    """Of later turns' rewards, with ``turn``."""
+    rewards: dict[str, float] = {}
+    """Weights of further rewards by name, beside the task's own score."""
+
+    truncated: bool = False
+    """Whether replies that were cut off at the length limit carry loss."""
+    iterations: int = Field(default=100, ge=1)
+    """Batches of experience."""
+    passes: int = Field(default=1, ge=1)
+    """Over each batch."""
+    minibatches: int = Field(default=1, ge=1)
+    """Optimizer steps a pass."""
+    accumulation: int = Field(default=1, ge=1)
+    """Micro-batches a step; changes memory, not the result."""
+    forward_rows: int = Field(default=64, ge=1)
+    """Rows at once where no gradient is taken."""
+    lr: float | dict[str, float] = 3e-4
+    """Learning rate of AdamW, or one for each trained role."""
+    lora: Lora | None = None
+    """Train low-rank adapters in place of all weights, e.g. ``lora = { rank = 16 }``; needs peft."""
+    warmup: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises; then it stays."""
+    clip: float = Field(default=1.0, ge=0)
+    """Largest gradient norm of a role; 0: any."""
+    reference: bool = True
+    """Keep the weights of the start, to measure the KL to them."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Of the trained weights."""
+    device: str = "cpu"
+    """Where trained weights live."""
+    seed: int = 0
+    """Of problems, sampling and the order of rows."""
+    report_to: list[str] = []
+    """Trackers of ``transformers`` that are told of every iteration, e.g. tensorboard, wandb."""
+    save_every: int = Field(default=20, ge=1)
+    """Iterations between checkpoints to resume from."""
+    keep: int = Field(default=2, ge=1)
+    """Versions of played weights that stay on disk; 'monologue verify' can replay these."""
+
+    tolerance: float = Field(default=TOLERANCE, gt=0)
+    """Largest difference of log-probs that the gate lets pass, in nats."""
+    proof: int = Field(default=64, ge=0)
+    """Offline: calls that are replayed before the first step; 0: none, where the weights that sampled are gone."""
+    guards: Guards = Guards()
+    """Rules that end a run gone wrong."""
+
+    @classmethod
+    def read(cls, recipe: dict[str, Any]) -> Reinforcement:
+        """Raises RecipeError that names the keys at fault."""
+        try:
+            return cls.model_validate(recipe)
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}, got {one['input']!r}" for one in error.errors())
+            raise RecipeError(f"the recipe does not fit the stage 'reinforce': {faults}") from error
+
+    @model_validator(mode="after")
+    def _fits(self) -> Reinforcement:
+        if len(set(self.trained)) < len(self.trained):
+            raise ValueError(f"trained names a role twice: {self.trained!r}")
+        if self.alternate and len(self.trained) < 2:
+            raise ValueError(f"alternate needs two trained roles, got {self.trained!r}")
+        if isinstance(self.lr, dict) and set(self.lr) != set(self.trained):
+            raise ValueError(f"lr wants one rate for each of {self.trained!r}, got {self.lr!r}")
+        if self.compat and (self.objective.name != "ppo" or self.trained != ["questioner"]):
+            raise ValueError(f"compat={self.compat!r} is of ppo on the questioner alone, got {self.objective.name!r} on {self.trained!r}")
+        if self.objective.penalty and not self.reference:
+            raise ValueError(f"the objective {self.objective.name!r} with kl={self.objective.penalty!r} needs reference=true")
+        playing = {"problems", "samples", "temperature", "top_p", "max_tokens", "max_turns", "examine_every", "families", "graph", "task"}
+        useless = sorted((playing if self.runs else {"rows", "proof"}) & self.model_fields_set)
+        if self.runs and self.objective.name == "ppo":
+            raise ValueError("ppo needs fresh episodes; for logged runs take grpo, topr, awr or filter")
+        if useless:
+            raise ValueError(f"{', '.join(useless)} {'belong to playing, but runs are given' if self.runs else 'belong to logged runs'}")
+        return self
+
+    def rate(self, role: str) -> float:
+        """Learning rate of a role."""
+        return self.lr[role] if isinstance(self.lr, dict) else self.lr
+
+    def active(self, iteration: int) -> list[str]:
+        """Roles that move in an iteration."""
+        if not self.alternate:
+            return self.trained
+        return [self.trained[iteration // self.alternate % len(self.trained)]]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps an iteration."""
+        return self.passes * self.minibatches
+
+    def updates(self, role: str, iteration: int) -> int:
+        """The number of the first iteration that a role's weights, as they are when this one begins, have not been trained in; 0: never."""
+        return next((k + 1 for k in range(iteration - 1, -1, -1) if role in self.active(k)), 0)

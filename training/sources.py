@@ -1,0 +1,172 @@
+"""Where experience comes from: episodes that are played now, or runs that were logged before. Both give rows, iteration by iteration.
+
+``Played`` joins by files what must not be joined by imports: it saves the weights of an iteration, has the stage load them and play,
+rewards what came of it and reads the rows back as they lie on disk. Episodes that are there already, from a life that was killed, are
+neither played again nor lost.
+
+``Logged`` holds the rows of old runs and deals them out in a seeded order, each once before any comes again. Whole groups stay together,
+since an advantage is a comparison within one.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from monologue.traces.images import PictureError
+from monologue.traces.store import RunReader, RunWriter
+from monologue.training import credit
+from monologue.training.gate import GateError
+from monologue.training.policies import Learner
+from monologue.training.replay import replay
+from monologue.training.rewards import REWARDS, give
+from monologue.training.rows import Row, read_rows
+
+
+class Stage(Protocol):
+    """Where episodes are played."""
+
+    def play(self, iteration: int, pen: RunWriter) -> None:
+        """Plays an iteration's episodes, those that the pen has not written yet."""
+        ...
+
+    def push(self, role: str, folder: Path, version: str) -> None:
+        """Other weights for a role."""
+        ...
+
+    def examine(self, iteration: int) -> dict[str, float]:
+        """Held-out figures of the weights that were pushed last."""
+        ...
+
+    def policy(self, role: str) -> str:
+        """Name of a role's policy across its weights versions."""
+        ...
+
+
+class Source(Protocol):
+    """Where rows come from."""
+
+    def rows(self, iteration: int) -> list[Row]:
+        """An iteration's rows, stream by stream, in an order that does not depend on time."""
+        ...
+
+    def picture(self, sha256: str) -> Any:
+        """A stored picture. Raises PictureError."""
+        ...
+
+    def note(self, iteration: int, rows: Sequence[Row], advantages: Mapping[str, float | Sequence[float]], source: str) -> None:
+        """Writes advantages into the trace."""
+        ...
+
+
+def ordered(rows: Sequence[Row]) -> list[Row]:
+    """Rows stream by stream, the same whoever finished first."""
+    return sorted(rows, key=lambda row: (row.group_id, row.sample_index, row.episode_id, row.role, row.stream, row.number))
+
+
+class Played:
+    """Episodes of the policies as they are now, in the run ``out``."""
+
+    def __init__(
+        self,
+        out: Path,
+        stage: Stage,
+        learners: Mapping[str, Learner],
+        rewards: Mapping[str, float],
+        version: Callable[[str, int], str],
+        *,
+        keep: int,
+        main: bool,
+        wait: Callable[[], None],
+    ) -> None:
+        """``version`` names a role's weights in an iteration; ``main`` is True in the one process that plays, for which others ``wait``."""
+        self.out, self.stage, self._learners, self._version = out, stage, learners, version
+        self._rewards = {name: (REWARDS[name], weight) for name, weight in rewards.items()}
+        self._keep, self._main, self._wait = keep, main, wait
+        self._pushed = {role: version(role, 0) for role in learners}
+
+    def push(self, iteration: int) -> None:
+        """Has the stage load what has changed."""
+        for role, learner in self._learners.items():
+            version = self._version(role, iteration)
+            if self._main and version != self._pushed[role]:
+                home = self.out / "checkpoints" / self.stage.policy(role)
+                learner.save(home / version)
+                self.stage.push(role, home / version, version)
+                kept = sorted(home.iterdir(), key=lambda folder: folder.stat().st_mtime)
+                for old in kept[: -self._keep]:
+                    shutil.rmtree(old)
+            self._pushed[role] = version
+
+    def rows(self, iteration: int) -> list[Row]:
+        name = f"{iteration:06d}"
+        self.push(iteration)
+        if self._main:
+            pen = RunWriter(self.out, resume=True, name=name)
+            self.stage.play(iteration, pen)
+            give(RunReader(self.out, name), pen, self._rewards)
+            pen.close()
+        self._wait()
+        return ordered(list(read_rows(RunReader(self.out, name), self._learners)))
+
+    def picture(self, sha256: str) -> Any:
+        return RunReader(self.out).picture(sha256)
+
+    def note(self, iteration: int, rows: Sequence[Row], advantages: Mapping[str, float | Sequence[float]], source: str) -> None:
+        if self._main:
+            pen = RunWriter(self.out, resume=True, name=f"{iteration:06d}")
+            credit.write(pen, rows, advantages, source)
+            pen.close()
+
+
+class Logged:
+    """Rows of old runs."""
+
+    def __init__(self, runs: Sequence[str], roles: Sequence[str], size: int, seed: int) -> None:
+        """``size`` rows an iteration, or a few more where a group needs them. Raises RunError, and GateError where there are none."""
+        self._readers = [RunReader(run) for run in runs]
+        self._seed, self._size = seed, size
+        self._groups: dict[tuple[str, str], list[Row]] = {}
+        for row in (row for reader in self._readers for row in read_rows(reader, roles)):
+            self._groups.setdefault((row.group_id, row.pieces[0].weights_version), []).append(row)
+        if not self._groups:
+            raise GateError(f"nothing of {', '.join(roles)} to learn from in {', '.join(runs)}; look with 'monologue view'")
+        self._dealt: list[list[Row]] = []
+
+    def prove(self, calls: int, tolerance: float) -> None:
+        """Replays some calls of each run with the weights that sampled them. Raises GateError that names check and span."""
+        for reader in self._readers:
+            checks = replay(reader.path, tolerance=tolerance, calls=calls)
+            broken = next((check for check in checks if not check.ok), None)
+            if broken is not None:
+                told = f"{reader.path}: the check {broken.name!r} does not hold: {broken.detail} (span {broken.span})"
+                raise GateError(f"{told}; 'monologue verify' shows more, and proof=0 leaves this proof out")
+
+    def rows(self, iteration: int) -> list[Row]:
+        while len(self._dealt) <= iteration:
+            self._deal()
+        return ordered(self._dealt[iteration])
+
+    def picture(self, sha256: str) -> Any:
+        for reader in self._readers:
+            if (reader.path / "images" / f"{sha256}.png").is_file():
+                return reader.picture(sha256)
+        raise PictureError(f"none of the runs has the picture {sha256}")
+
+    def note(self, iteration: int, rows: Sequence[Row], advantages: Mapping[str, float | Sequence[float]], source: str) -> None:
+        """Old runs stay as they are."""
+
+    def _deal(self) -> None:
+        """One round over all groups, in an order of its own."""
+        order = random.Random(f"{self._seed}/{len(self._dealt)}").sample(sorted(self._groups), len(self._groups))
+        hand: list[Row] = []
+        for key in order:
+            hand += self._groups[key]
+            if len(hand) >= self._size:
+                self._dealt.append(hand)
+                hand = []
+        if hand:
+            self._dealt.append(hand)
