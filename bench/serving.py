@@ -210,6 +210,11 @@ def main() -> None:
         for row in measured(chosen, servers, partial(start, "questioner")):
             print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
             rows.append(row)
+            keep(chosen, rows)
+
+
+def keep(chosen: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Writes the rows so far, so that a run that is cut short keeps what it measured."""
     command = f"python bench/serving.py --calls {chosen.calls} --episodes {chosen.episodes} --kills {chosen.kills} --device {chosen.device}"
     machine = f"{platform.machine()}, Python {platform.python_version()}"
     ratio = {row["part"]: row.get("overhead_ms", row.get("occupancy", row.get("other_answers"))) for row in rows}
