@@ -126,6 +126,7 @@ class Stream:
             prompt_ids=prompt.ids,
             sampled_ids=generation.ids,
             sampled_logprobs=generation.logprobs,
+            sampled_entropies=generation.entropies,
             loss_mask=bytes([1]) * len(generation.ids),
             sampling=_settings(sampling, generation.seed),
             engine=facts.engine,

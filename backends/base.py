@@ -130,6 +130,8 @@ class Generation:
     """(version, first, end) of the sampled ids where the weights changed in the middle; empty where they did not."""
     server: str = ""
     """Address of the server that answered; empty in process."""
+    entropies: tuple[float, ...] | None = None
+    """Of the distribution behind each sampled id, nats; None where the engine does not say."""
 
 
 @dataclass(frozen=True, slots=True)
