@@ -130,6 +130,7 @@ class Stream:
             prompt_ids=prompt.ids,
             sampled_ids=generation.ids,
             sampled_logprobs=generation.logprobs,
+            sampled_entropies=generation.entropies,
             loss_mask=bytes([1]) * len(generation.ids),
             sampling=_settings(sampling, generation.seed) if facts.logprobs else _UNKNOWN,
             engine=facts.engine,

@@ -148,6 +148,8 @@ class Generation:
     """Address of the server that answered; empty in process."""
     reported: tuple[int, int] | None = None
     """Prompt and reply as the engine counts and bills them, where that is in other tokens than these ids; None where it does not say."""
+    entropies: tuple[float, ...] | None = None
+    """Of the distribution behind each sampled id, nats; None where the engine does not say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,8 @@ class Lane:
     """Ids drawn so far."""
     logprobs: list[float] = field(default_factory=list)
     """Their log-probs in nats."""
+    entropies: list[float] = field(default_factory=list)
+    """Of the distributions that they were drawn from, in nats."""
 
     @property
     def cached(self) -> int:
@@ -150,9 +152,11 @@ class Decoder:
         log_probs = log_distribution(batch.logits, samplings, self._banned)  # (B, V)
         tokens = draw(log_probs, samplings, [lane.dice.random() for lane in batch.lanes])
         values = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        for lane, token, value in zip(batch.lanes, tokens.tolist(), values.tolist(), strict=True):
+        entropies = torch.special.entr(log_probs.exp()).sum(-1)  # (B)
+        for lane, token, value, entropy in zip(batch.lanes, tokens.tolist(), values.tolist(), entropies.tolist(), strict=True):
             lane.sampled.append(token)
             lane.logprobs.append(value)
+            lane.entropies.append(entropy)
 
     def _forward(self, lanes: list[Lane], *, keep: int, use_cache: bool) -> tuple[Any, Tensor, Tensor]:
         ids, mask, positions = self._pad_left(lanes)

@@ -194,6 +194,7 @@ class HFBackend:
                     seconds=time.perf_counter() - ticket.job.started,
                     seed=ticket.job.seed,
                     cached_tokens=lane.cached,
+                    entropies=tuple(lane.entropies),
                 )
             )
 

@@ -99,7 +99,10 @@ async def measure(urls: dict[str, str], n: int) -> tuple[list[dict[str, Any]], d
     rows, facts = list[dict[str, Any]](), dict[str, Any]()
     for role, url in urls.items():
         served, own = SGLangBackend(url), HFBackend(starter(role))
-        kinds = {f"{role}: dialogues": spoken(role, n // 3 - n // 6), f"{role}: random ids": strange(own, n // 6, 0)}
+        kinds = {
+            f"{role}: dialogues": await asyncio.to_thread(spoken, role, n // 3 - n // 6),
+            f"{role}: random ids": strange(own, n // 6, 0),
+        }
         if own.facts.sees:
             kinds[f"{role}: random ids and pictures"] = strange(own, n // 3, 3)
         rows += [await compare(kind, served, own, prompts) for kind, prompts in kinds.items()]

@@ -1,6 +1,6 @@
 """The client of real SGLang servers in figures: what it costs, whether it keeps the servers busy, what a killed server loses.
 
-    python bench/serving.py [--calls 400] [--episodes 256] [--kills 10] [--device cpu --python .venv-sglang/bin/python] [--json FILE]
+    python bench/serving.py [--calls 400] [--episodes 256] [--kills 4] [--device cpu --python .venv-sglang/bin/python] [--json FILE]
 
 overhead    one call at a time, client and plain ``httpx`` in turn with the same body to the same server; median of the paired differences.
             Target: under 1 ms. It can lose: checks, threads and base64 are all in it.
@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -169,11 +170,23 @@ def lost(calm: Summary, rough: Summary, folder: Path) -> dict[str, Any]:
     }
 
 
+def measured(chosen: argparse.Namespace, servers: dict[str, Server], start: Any) -> Iterator[dict[str, Any]]:
+    """One row a part, as they come."""
+    urls = {role: server.url for role, server in servers.items()}
+    if chosen.calls:
+        yield asyncio.run(overhead(urls["questioner"], chosen.calls))
+    if chosen.episodes:
+        yield occupancy(urls, chosen.episodes)
+    if chosen.kills:
+        servers["questioner"].stop()
+        yield kills(start, urls["answerer"], chosen.kills)
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--calls", type=int, default=400)
     options.add_argument("--episodes", type=int, default=256)
-    options.add_argument("--kills", type=int, default=10)
+    options.add_argument("--kills", type=int, default=4)
     options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options.add_argument("--dtype", default="")
     options.add_argument("--python", default=".venv-sglang/bin/python", help="the Python in which sglang is installed")
@@ -193,13 +206,15 @@ def main() -> None:
             servers = dict(zip(ROLES, pool.map(start, ROLES), strict=True))
         for server in servers.values():
             running.enter_context(server)
-        urls = {role: server.url for role, server in servers.items()}
-        rows = [asyncio.run(overhead(urls["questioner"], chosen.calls)), occupancy(urls, chosen.episodes)] if chosen.calls else []
-        if chosen.kills:
-            servers["questioner"].stop()
-            rows.append(kills(partial(start, "questioner"), urls["answerer"], chosen.kills))
-    for row in rows:
-        print(", ".join(f"{name} {value}" for name, value in row.items()))
+        rows = list[dict[str, Any]]()
+        for row in measured(chosen, servers, partial(start, "questioner")):
+            print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+            rows.append(row)
+            keep(chosen, rows)
+
+
+def keep(chosen: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Writes the rows so far, so that a run that is cut short keeps what it measured."""
     command = f"python bench/serving.py --calls {chosen.calls} --episodes {chosen.episodes} --kills {chosen.kills} --device {chosen.device}"
     machine = f"{platform.machine()}, Python {platform.python_version()}"
     ratio = {row["part"]: row.get("overhead_ms", row.get("occupancy", row.get("other_answers"))) for row in rows}

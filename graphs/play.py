@@ -224,13 +224,7 @@ async def aplay(
     """
     chosen = find(graph) if isinstance(graph, str) else graph
     _check(chosen, seats, control, samples=samples, concurrency=concurrency, max_turns=max_turns)
-    first, step = part
-    if not 0 <= first < step:
-        raise GraphError(f"part must be (k, n) with 0 <= k < n, got {part!r}")
-    if retries < 0 or (deadline is not None and deadline <= 0):
-        raise GraphError(f"expected retries of 0 or more and a deadline above 0 s, got {retries!r} and {deadline!r}")
-    if capture not in ("all", "shape"):
-        raise GraphError(f"capture must be 'all' or 'shape', got {capture!r}")
+    _check_options(part, deadline, retries, capture)
     problems = list(problems) if control else problems
     settings = {
         **(config or {}),
@@ -251,8 +245,8 @@ async def aplay(
     recorder = Recorder(writer, capture=capture, redact=redact)
     table = Table(chosen, seats, recorder, score, seed, max_turns, Toolbox(tools), control, pairs, deadline, retries)
     summary = Summary()
-    total = len(range(first, len(problems), step)) * samples if isinstance(problems, Sized) else None
-    mine = islice(problems, first, None, step)
+    total = len(range(part[0], len(problems), part[1])) * samples if isinstance(problems, Sized) else None
+    mine = islice(problems, part[0], None, part[1])
     try:
         with progress_bar(progress, chosen.name, total) as advance:
 
@@ -286,6 +280,16 @@ def _check(graph: Graph, seats: Mapping[str, Seat], control: str | None, **count
     for name, value in counts.items():
         if value < 1:
             raise GraphError(f"{name} must be at least 1, got {value!r}")
+
+
+def _check_options(part: tuple[int, int], deadline: float | None, retries: int, capture: str) -> None:
+    first, step = part
+    if not 0 <= first < step:
+        raise GraphError(f"part must be (k, n) with 0 <= k < n, got {part!r}")
+    if retries < 0 or (deadline is not None and deadline <= 0):
+        raise GraphError(f"expected retries of 0 or more and a deadline above 0 s, got {retries!r} and {deadline!r}")
+    if capture not in ("all", "shape"):
+        raise GraphError(f"capture must be 'all' or 'shape', got {capture!r}")
 
 
 def check_control(graph: Graph, control: str | None) -> None:

@@ -181,7 +181,11 @@ def _import(command: argparse.ArgumentParser) -> None:
 def _train(command: argparse.ArgumentParser) -> None:
     told = "starter: the shipped policies, from nothing; imitate: what a role said in a run; reinforce: on outcome"
     command.add_argument("stage", choices=STAGES, metavar="STAGE", help=told)
-    command.add_argument("recipe", metavar="RECIPE", help="a recipe of ours by name (answerer, questioner, direct, imitate) or a TOML file")
+    command.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help="a recipe of ours by name (answerer, questioner, direct, imitate, reinforce, immo ...) or a TOML file",
+    )
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a top-level key of the recipe")
     command.add_argument("--out", type=Path, metavar="DIR", help="default: runs/RECIPE")
     command.add_argument("--start", type=Path, metavar="DIR", help="checkpoint to start from: perception for 'direct'")

@@ -166,6 +166,16 @@ async def test_score_gives_the_logprobs_of_generate(engines: dict[str, HFBackend
         assert score == pytest.approx(reply.logprobs, abs=1e-4)
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, replace(SAMPLED, top_p=0.7, top_k=9)], ids=["greedy", "truncated"])
+async def test_entropies_are_those_of_the_distribution_that_was_sampled(engines: dict[str, HFBackend], sampling: Sampling) -> None:
+    engine, prompt = engines["qwen2"], Prompt(words(9, 9))
+    first = await engine.generate(prompt, replace(sampling, max_tokens=1, seed=3))
+    sayable = [token for token in range(engine.facts.extra["vocabulary"]) if token not in engine.facts.extra["banned_ids"]]
+    scores = await asyncio.gather(*[engine.score(prompt, (token,), sampling) for token in sayable])
+    entropy = -math.fsum(math.exp(score) * score for (score,) in scores if score > -math.inf)
+    assert first.entropies == pytest.approx((entropy,), abs=1e-4) and entropy > 0
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_5"])
 async def test_another_picture_changes_the_logprobs(engines: dict[str, HFBackend], family: str) -> None:
     engine = engines[family]

@@ -279,6 +279,8 @@ def with_attribute(name: str, value: Any) -> Any:
         ("prefix", with_attribute("monologue.prefix_length", 3)),
         ("lengths", with_attribute("monologue.loss_mask", "AQ==")),
         ("lengths", with_attribute("monologue.sampled_logprobs", pack_floats([0.5, -1.0]))),
+        ("lengths", with_attribute("monologue.sampled_entropies", pack_floats([0.5]))),
+        ("lengths", with_attribute("monologue.sampled_entropies", pack_floats([0.5, -1.0]))),
         ("parents", lambda record: {**record, "parent_id": "0" * 16} if record.get("seq") == 3 else record),
         ("episodes", lambda record: None if record["record"] == "episode_end" else record),
     ],

@@ -24,7 +24,7 @@ from monologue.traces.schema import Attribute, EpisodeStart, attributes_of
 
 Capture: TypeAlias = Literal["all", "shape"]
 Redact: TypeAlias = Callable[[str], str]
-IDS = (names.PROMPT_DELTA, names.SAMPLED_IDS, names.SAMPLED_LOGPROBS, names.LOSS_MASK)
+IDS = (names.PROMPT_DELTA, names.SAMPLED_IDS, names.SAMPLED_LOGPROBS, names.SAMPLED_ENTROPIES, names.LOSS_MASK)
 WORDS = (names.INPUT_MESSAGES, names.OUTPUT_MESSAGES, names.OUTPUT, names.ACTION, names.PARSE_ERROR)
 SAID = (*WORDS, names.TOOL_ARGUMENTS, names.TOOL_RESULT, names.ERROR)
 FIXED = frozenset({"type", "role", "modality", "mime_type", "kind", "finish_reason"})

@@ -261,6 +261,8 @@ class PolicyCall:
     """Numbers that the engine computes in; None where it does not say."""
     reported: tuple[int, int] | None = None
     """Prompt and reply in the tokens that a hosted model counts and bills; None elsewhere."""
+    sampled_entropies: tuple[float, ...] | None = None
+    """Nats, of the distribution behind each sampled id; None where the engine does not say."""
 
 
 def attributes_of(call: Mapping[str, Any]) -> dict[str, Attribute]:
@@ -292,6 +294,7 @@ def attributes_of(call: Mapping[str, Any]) -> dict[str, Attribute]:
         names.PREFIX_BREAK: call["prefix_break"],
         names.SAMPLED_IDS: pack_ids(call["sampled_ids"]),
         names.SAMPLED_LOGPROBS: None if call["sampled_logprobs"] is None else pack_floats(call["sampled_logprobs"]),
+        names.SAMPLED_ENTROPIES: None if call.get("sampled_entropies") is None else pack_floats(call["sampled_entropies"]),
         names.LOSS_MASK: pack_bytes(call["loss_mask"]),
         names.ENGINE: call["engine"],
         names.ENGINE_VERSION: call["engine_version"],
@@ -389,4 +392,5 @@ def _call(span: SpanRecord, streams: Mapping[str, tuple[int, ...]]) -> PolicyCal
         server=f"{a[names.SERVER]}:{a[names.PORT]}" if names.SERVER in a else None,
         dtype=a.get(names.DTYPE),
         reported=None if names.REPORTED not in a else tuple(json.loads(a[names.REPORTED])),
+        sampled_entropies=unpack_floats(a[names.SAMPLED_ENTROPIES]) if names.SAMPLED_ENTROPIES in a else None,
     )

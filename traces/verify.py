@@ -251,6 +251,11 @@ def _measured(calls: list[PolicyCall]) -> Iterator[Breach]:
                 yield call.span_id, f"{n} sampled ids but {len(call.sampled_logprobs)} log-probs"
             if any(not math.isfinite(value) or value > 0 for value in call.sampled_logprobs):
                 yield call.span_id, "a log-prob is above zero or not finite"
+        if call.sampled_entropies is not None:
+            if len(call.sampled_entropies) != n:
+                yield call.span_id, f"{n} sampled ids but {len(call.sampled_entropies)} entropies"
+            if any(not math.isfinite(value) or value < 0 for value in call.sampled_entropies):
+                yield call.span_id, "an entropy is below zero or not finite"
 
 
 def _misplaced(run: tuple[int, ...], count: int, patches: int) -> str | None:

@@ -170,5 +170,5 @@ def ready(url: str) -> bool:
 
 
 def tail(log: Path, lines: int = 15) -> str:
-    """The end of a log."""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    """The end of a log, long lines cut."""
+    return "\n".join(line[:300] for line in log.read_text(errors="replace").splitlines()[-lines:])
