@@ -99,7 +99,10 @@ def hosted(
 
     ``retokenize`` is the codec of the student that will imitate it, with ``eyes``, the student's engine, where pictures are shown. Without
     it the trace is not trainable. ``timeout`` bounds a call in seconds, all its ``attempts`` included.
+    Raises ValueError for eyes without a codec; playing raises BackendError, and CodecError where the codec has no tokens for what was said.
     """
+    if eyes is not None and retokenize is None:
+        raise ValueError("eyes belong to a student, whose codec is missing; pass hosted(model, student.codec, eyes=student.backend)")
     codec = retokenize or ChatCodec(Transcript(), 1, PLACEHOLDER)
     seen: Eyes = eyes or (Blind() if retokenize else Marked())
     backend = ChatBackend(

@@ -9,7 +9,7 @@ tokens that were sampled and their probabilities. Log-probs are None, and traini
     any other 4xx; no tools                    RequestRefused
     anything else                              BackendError
 
-Every SDK has exceptions of its own; what they share is read off them: a ``status_code``, or a cause that is a lost connection. How the
+Every SDK has exceptions of its own; what they share is read off them: a status code, or a cause that is a lost connection. How the
 model is sampled (temperature, length, seed) is set on the model, whose classes have no common names for it: another ``Sampling`` than the
 default is refused, and the trace holds no temperature. All models run on one event loop in a background thread, since their SDKs keep
 connections that belong to the loop which first used them. Left out: streaming, and the words that some models say beside a call.
@@ -189,11 +189,12 @@ def _said(reply: AIMessage) -> Said:
     return Said(str(reply.text).strip(), tuple(calls), cut)
 
 
-def _failure(error: Exception, name: str, attempt: int) -> BackendError:
+def _failure(error: Exception, asked: str, attempt: int) -> BackendError:
     """What an SDK's exception means to us."""
-    told = f"{name}, attempt {attempt}: {type(error).__name__}: {str(error)[:300]}"
+    told = f"{asked}, attempt {attempt}: {type(error).__name__}: {str(error)[:300]}"
     causes = tuple(_causes(error))
-    status = next((code for one in causes if isinstance(code := getattr(one, "status_code", None), int)), None)
+    codes = (getattr(one, name, None) for one in causes for name in ("status_code", "code"))
+    status = next((code for code in codes if isinstance(code, int)), None)
     if status in (408, 429) or (status or 0) >= 500:
         return BackendUnavailable(f"the chat model cannot answer now: {told}")
     if status is not None and status >= 400:

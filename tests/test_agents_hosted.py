@@ -6,7 +6,9 @@ import asyncio
 import base64
 import io
 import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -338,6 +340,23 @@ def test_what_a_chat_model_cannot_do_is_refused_with_a_sentence() -> None:
         asyncio.run(Stream(policy, "a", 1).act(Span(), [seen], (Reply,)))
     with pytest.raises(ValueError, match="timeout"):
         hosted(Teacher(lines=[]), timeout=0)
+    with pytest.raises(ValueError, match="codec is missing"):
+        hosted(Teacher(lines=[]), eyes=engine)  # type: ignore[arg-type]
+
+
+def test_a_hosted_model_needs_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('torch', 'transformers', 'jinja2', 'langchain'))\n"
+        "import monologue; from langchain_core.language_models import FakeListChatModel\n"
+        "from monologue import Shapes\n"
+        "problems = list(Shapes().problems('train', 1)); seat = monologue.hosted(FakeListChatModel(responses=[problems[0].choices[0]]))\n"
+        "print(monologue.play('direct', problems, {'answerer': seat}, sys.argv[1], progress=False).ok)"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", code, f"{folder}/run"], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+        )
+    assert done.stdout.strip() == "1", done.stderr
 
 
 def test_a_dialogue_with_faults_and_tools_keeps_to_the_chat_form() -> None:
