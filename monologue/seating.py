@@ -137,9 +137,11 @@ def _hosted(named: str, role: str, sampling: Sampling) -> Policy:
         raise UsageError(f"{named!r} needs LangChain's model classes; pip install 'monologue[chat]'") from error
     from monologue.agents.hosted import hosted
 
-    settings = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
+    settings: dict[str, Any] = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
+    if sampling.top_p < 1:
+        settings["top_p"] = sampling.top_p
     try:
-        chat = init_chat_model(model, model_provider=provider, **settings, **({"top_p": sampling.top_p} if sampling.top_p < 1 else {}))
+        chat = init_chat_model(model, model_provider=provider, **settings)
     except Exception as error:  # each provider has its own: a package that is missing, a key that is not set
         raise UsageError(f"LangChain cannot open {named!r}: {str(error)[:300]}") from error
     return hosted(chat, policy_id=f"{role}-{model}")

@@ -43,7 +43,8 @@ def adapt(model: Any, lora: Lora, seed: int = 0) -> None:
     import torch
 
     torch.manual_seed(seed)
-    config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=0.0)
+    settings: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.targets, "lora_dropout": 0.0}
+    config = peft.LoraConfig(**settings)
     peft.inject_adapter_in_model(config, model, adapter_name=NAME)
 
 

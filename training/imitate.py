@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from monologue.backends.checkpoints import open_checkpoint, save_checkpoint
 from monologue.backends.inputs import Inputs
@@ -24,7 +24,7 @@ from monologue.traces.store import RunReader
 from monologue.training.collate import Batch, Collate, RowError, sampled_logprobs
 from monologue.training.loop import RowTrainer, arguments
 from monologue.training.losses import imitation
-from monologue.training.recipe import RecipeError
+from monologue.training.recipe import follow
 from monologue.training.rows import Counts, Row, read_rows
 
 
@@ -55,11 +55,7 @@ class Imitation(BaseModel):
     @classmethod
     def read(cls, recipe: dict[str, Any]) -> Imitation:
         """Raises RecipeError that names the keys at fault."""
-        try:
-            return cls.model_validate(recipe)
-        except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}, got {one['input']!r}" for one in error.errors())
-            raise RecipeError(f"the recipe does not fit the stage 'imitate': {faults}") from error
+        return follow(cls, recipe, "imitate")
 
 
 def imitate(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,6 +31,18 @@ def read_recipe(name: str) -> dict[str, Any]:
         return tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{name!r} is no TOML recipe: {error}") from error
+
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def follow(settings: type[Settings], recipe: dict[str, Any], stage: str) -> Settings:
+    """The recipe as the settings of a stage. Raises RecipeError that names the keys at fault."""
+    try:
+        return settings.model_validate(recipe)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}, got {one['input']!r}" for one in error.errors())
+        raise RecipeError(f"the recipe does not fit the stage {stage!r}: {faults}") from error
 
 
 def override(recipe: dict[str, Any], settings: Sequence[str], known: Collection[str] = ()) -> dict[str, Any]:

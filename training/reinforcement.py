@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from monologue.training.adapters import Lora
 from monologue.training.credit import Kind
 from monologue.training.gate import TOLERANCE, Guards
 from monologue.training.objectives import Grpo, Objective
-from monologue.training.recipe import RecipeError
+from monologue.training.recipe import follow
 
 
 class Reinforcement(BaseModel):
@@ -118,11 +118,7 @@ class Reinforcement(BaseModel):
     @classmethod
     def read(cls, recipe: dict[str, Any]) -> Reinforcement:
         """Raises RecipeError that names the keys at fault."""
-        try:
-            return cls.model_validate(recipe)
-        except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}, got {one['input']!r}" for one in error.errors())
-            raise RecipeError(f"the recipe does not fit the stage 'reinforce': {faults}") from error
+        return follow(cls, recipe, "reinforce")
 
     @model_validator(mode="after")
     def _fits(self) -> Reinforcement:
