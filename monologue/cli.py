@@ -68,7 +68,7 @@ def _play(command: argparse.ArgumentParser) -> None:
     command.add_argument("--split", help="default: test")
     command.add_argument("--graph", default="monologue", metavar="GRAPH", help="e.g. monologue, monologue:looks=2, direct, caption, blind")
     command.add_argument("--n", type=int, help="problems (default: 20)")
-    command.add_argument("--families", metavar="NAMES", help="question families of the shapes world, separated by commas (default: all)")
+    command.add_argument("--families", metavar="NAMES", help="question families of shapes or hops, separated by commas (default: all)")
     command.add_argument("--samples", type=int, default=1, help="episodes per problem")
     command.add_argument("--out", type=Path, metavar="RUN", help="run folder (default: a new one under runs/)")
     command.add_argument("--control", choices=commands.CONTROLS)

@@ -6,7 +6,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from monologue.asked import check_writable, own_problem_asked, settle
 from monologue.output import write_json
 from monologue.tables import clean, table
 from monologue.tasks.base import Problem, Task, TaskError
+from monologue.tasks.hops import Hops
 from monologue.tasks.own import own_problem
 from monologue.tasks.shapes import Looks, Shapes
 from monologue.traces.images import PictureError, open_picture
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 BACKENDS = ("transformers", "sglang", "scripted")
 CONTROLS = ("shuffle-answers", "wrong-picture")
-TASKS: dict[str, Callable[[], Task]] = {"shapes": Shapes, "looks": Looks}
+TASKS: dict[str, Callable[[], Task]] = {"shapes": Shapes, "looks": Looks, "hops": Hops}
+WITH_FAMILIES: dict[str, Callable[[Sequence[str]], Task]] = {"shapes": Shapes, "hops": Hops}
 
 
 def user_errors() -> tuple[type[Exception], ...]:
@@ -91,9 +93,9 @@ def named_task(name: str, families: str | None) -> Task:
     """A task, cut to the wanted families."""
     if not families:
         return TASKS[name]()
-    if name != "shapes":
-        raise UsageError(f"families belong to the task 'shapes', not to {name!r}")
-    return Shapes(tuple(families.split(",")))
+    if name not in WITH_FAMILIES:
+        raise UsageError(f"families belong to the tasks {' and '.join(map(repr, WITH_FAMILIES))}, not to {name!r}")
+    return WITH_FAMILIES[name](tuple(families.split(",")))
 
 
 def problems_of(options: argparse.Namespace, task: Task) -> list[Problem]:

@@ -1,6 +1,6 @@
 """Endless practice for the starter policies: pictures to patches, dialogues to ids and masks. Same seed, same stream.
 
-B sequences, T tokens, N patches of a picture (36), P pixel values of a patch, C picture side.
+B sequences, T tokens, N patches of a picture (36 of a shapes world's), P pixel values of a patch.
 
 The layout of a sequence is that of ``monologue.agents.codec.TinyCodec``; a test holds the two equal. Loss falls only on what a
 policy says itself: replies of the answerer, look-ups and conclusions of the questioner, each with its ``<eos>``.
@@ -34,13 +34,13 @@ Part = tuple[str, bool]
 
 
 def patches(images: Sequence[Image]) -> Tensor:
-    """What ``Qwen2VLImageProcessor`` makes of 84 x 84 pictures, for a whole batch at once: (B * N, P)."""
-    pixels = (np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255 - MEAN) / STD  # (B, C, C, 3)
-    batch = len(images)
-    blocks = pixels.reshape(batch, 3, 2, 14, 3, 2, 14, 3)  # rows: block, in block, pixel; columns alike; colour
+    """What ``Qwen2VLImageProcessor`` makes of pictures of one size, sides multiples of 28, for a whole batch at once: (B * N, P)."""
+    pixels = (np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255 - MEAN) / STD  # (B, height, width, 3)
+    batch, high, wide = len(images), images[0].height // 28, images[0].width // 28
+    blocks = pixels.reshape(batch, high, 2, 14, wide, 2, 14, 3)  # rows: block, in block, pixel; columns alike; colour
     blocks = blocks.transpose(0, 1, 4, 2, 5, 7, 3, 6)  # block row, block column, row, column, colour, pixel, pixel
-    flat = blocks.reshape(batch * 36, 3, 1, 14 * 14)
-    return torch.from_numpy(np.repeat(flat, 2, axis=2).reshape(batch * 36, -1))
+    flat = blocks.reshape(batch * high * wide * 4, 3, 1, 14 * 14)
+    return torch.from_numpy(np.repeat(flat, 2, axis=2).reshape(len(flat), -1))
 
 
 class Words:
