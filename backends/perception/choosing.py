@@ -1,7 +1,7 @@
 """Which patches a latent step reads again.
 
 Scores come as one attention row; choosing is a top-k over the places that are there and, unless patches may be reused, not yet taken.
-It carries no gradient. A lane with fewer patches left than wanted takes those it has: -1 stands for an empty place, always after the real ones.
+It carries no gradient. A lane with fewer patches left than wanted takes those it has: -1 stands for an empty place, after the real ones.
 
 Shapes: B lanes, J patches of the lane with most, K patches a step.
 """
