@@ -1,7 +1,7 @@
 """Which patches a latent step reads again.
 
-Scores come as one attention row; choosing is a top-k over the places that are there and, unless patches may be reused, not yet taken. It
-carries no gradient. A lane with fewer patches left than wanted takes those it has: -1 stands for an empty place, always after the real ones.
+Scores come as one attention row; choosing is a top-k over the places that are there and, unless patches may be reused, not yet taken.
+It carries no gradient. A lane with fewer patches left than wanted takes those it has: -1 stands for an empty place, after the real ones.
 
 Shapes: B lanes, J patches of the lane with most, K patches a step.
 """
@@ -45,14 +45,12 @@ class Choice:
 
     def take(self, chosen: Tensor) -> None:
         """Marks patches as used. Raises RequestRefused for an index that a lane does not have."""
-        taken = chosen.clamp(min=0)
-        if chosen.numel() and bool(((chosen >= self.free.shape[1]) | ((chosen >= 0) & ~_at(self._there, taken))).any()):
-            raise RequestRefused(
-                f"expected chosen patches from 0 to {self._there.sum(1).tolist()} (excluded) by lane, got {chosen.tolist()!r}"
-            )
-        if not self._mode.reuse:
-            hit = torch.zeros_like(self.free, dtype=torch.long).scatter_add(1, taken, (chosen >= 0).long())
-            self.free = self.free & (hit == 0)
+        sizes = self._there.sum(1)  # (B,)
+        if bool(((chosen >= sizes.unsqueeze(1)) | (chosen < -1)).any()):
+            raise RequestRefused(f"expected chosen patches below {sizes.tolist()} by lane, or -1 for none, got {chosen.tolist()!r}")
+        if not self._mode.reuse and self.free.shape[1]:
+            hits = torch.zeros_like(self.free, dtype=torch.long)
+            self.free = self.free & (hits.scatter_add(1, chosen.clamp(min=0), (chosen >= 0).long()) == 0)
 
     def _draws(self) -> Tensor:
         """(B, J) uniform numbers; a lane draws as many as it has patches, so its neighbours change nothing."""
@@ -68,11 +66,4 @@ class Choice:
     def _refuse_scarce(self, step: int, alive: Tensor) -> None:
         left = int(self.free.sum(1)[alive].min())
         if self._mode.scarce == "refuse" and left < self._mode.k:
-            raise RequestRefused(
-                f"expected {self._mode.k} free patches at step {step} in every lane, got {left}; take fewer, or scarce='fewer'"
-            )
-
-
-def _at(table: Tensor, index: Tensor) -> Tensor:
-    """Entries (B, K) of a table (B, J), False of an empty one."""
-    return table.gather(1, index) if table.shape[1] else torch.zeros_like(index, dtype=torch.bool)
+            raise RequestRefused(f"expected {self._mode.k} free patches a lane at step {step}, got {left}; lower k, or scarce='fewer'")

@@ -77,6 +77,16 @@ class LatentReasoner:
             hidden = torch.cat([hidden, thoughts.reader.read(block)[0]], dim=1)  # (B, T, D)
         return self.say(hidden)
 
+    def hear(self, thoughts: Thoughts, ids: Tensor, going: Tensor | None = None) -> Tensor:
+        """Feeds one word a lane, ``ids`` (B,), to those ``going`` (B,) bool, and moves ``thoughts`` on; logits (B, V) of the next word."""
+        valid = torch.ones_like(ids, dtype=torch.bool) if going is None else going
+        places = thoughts.following[:, None].expand(thoughts.reader.axes, -1, -1)  # (P, B, 1)
+        block = text(self.model.get_input_embeddings()(ids[:, None]), valid[:, None], places, blind=self.mode.bottleneck != "off")
+        hidden = thoughts.reader.read(block)[0][:, 0]
+        thoughts.last = torch.where(valid[:, None], hidden, thoughts.last)
+        thoughts.following = thoughts.following + valid.long()
+        return self.say(thoughts.last)
+
     def say(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states: of ``thoughts.last`` for the next word, of ``thoughts.states`` for what a step nearly said."""
         logits: Tensor = self.model.get_output_embeddings()(hidden)

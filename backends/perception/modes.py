@@ -3,7 +3,7 @@
 A latent step feeds the model's last hidden state back as its next input, followed (``state-first``) or preceded (``patches-first``) by the
 embeddings of K chosen places of the picture. The paper and its released code disagree on nearly every other point, so each is a field here:
 
-    PAPER       [state][patches] as formula, figure and algorithm 1 have it; gradients through the states (the paper speaks of no truncation)
+    PAPER       [state][patches] as formula, figure and algorithm 1 have it; gradients through the states (it speaks of no truncation)
     REFERENCE   the released code: [patches][state], positions counted flat (M-RoPE off), states detached, patches in the order of an
                 unsorted top-k; what it cannot do (a second picture, fewer patches than it wants) is refused here instead of going wrong
     OURS        the default: the paper's order, the model's own positions, gradients through the states

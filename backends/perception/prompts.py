@@ -66,7 +66,7 @@ class Prompts:
 
 
 def prompts(model: Any, asked: Sequence[Asked]) -> Prompts:
-    """Embeds a batch; gradients reach word embeddings and tower where they are trained. Raises RequestRefused for pictures that do not fit."""
+    """Embeds a batch; gradients reach word embeddings and tower. Raises RequestRefused for pictures that do not fit."""
     if not asked or any(not one.ids for one in asked):
         raise RequestRefused(f"expected prompts of at least one id, got lengths {[len(one.ids) for one in asked]}")
     device, length = model.device, max(len(one.ids) for one in asked)

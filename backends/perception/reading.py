@@ -12,7 +12,7 @@ Shapes: B lanes, L places of a block, S places so far, P position axes (1, or 3 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,9 +44,13 @@ class Block:
 
     def then(self, more: Block) -> Block:
         """Both, one after the other."""
-        pairs = [torch.cat([getattr(self, name), getattr(more, name)], dim=1) for name in ("embeds", "valid", "picture", "blind")]
-        embeds, valid, picture, blind = pairs
+        names = ("embeds", "valid", "picture", "blind")
+        embeds, valid, picture, blind = (torch.cat([getattr(self, name), getattr(more, name)], dim=1) for name in names)
         return Block(embeds, valid, torch.cat([self.positions, more.positions], dim=2), picture, blind)
+
+    def bare(self) -> Block:
+        """Without what is fed, for whoever needs only to know what may be seen."""
+        return replace(self, embeds=self.embeds[..., :0], positions=self.positions[..., :0])
 
 
 def text(embeds: Tensor, valid: Tensor, positions: Tensor, *, blind: bool) -> Block:
@@ -92,17 +96,18 @@ class Reader:
 
     def read(self, block: Block, *, row: bool = False) -> tuple[Tensor, Tensor | None]:
         """Last hidden states (B, L, D), and with ``row`` the attention (B, S) of each lane's last valid place, hidden pictures weighed."""
-        whole = block if self._read is None else self._read.then(block)
-        self._read = whole
-        start, length = whole.valid.shape[1] - block.valid.shape[1], block.valid.shape[1]
-        fed, offset = (block, start) if self.cache is not None else (whole, 0)
+        new = block if self.cache is None else block.bare()
+        self._read = whole = new if self._read is None else self._read.then(new)
+        length = block.valid.shape[1]
+        start = whole.valid.shape[1] - length
+        fed, offset = (whole, 0) if self.cache is None else (block, start)
         at = block.last + start  # (B,)
         keys = torch.arange(start + length, device=at.device)
         asked = Row(at - offset, whole.valid & (keys <= at[:, None])) if row else Row(None, None)
         with through(self._model.config, asked) as more:
             out = self._model(
                 inputs_embeds=fed.embeds,
-                attention_mask=_mask(whole, offset),
+                attention_mask=_mask(whole, offset, fed.embeds.dtype),
                 position_ids=fed.positions[0] if len(fed.positions) == 1 else fed.positions,
                 past_key_values=self.cache,
                 use_cache=self.cache is not None,
@@ -111,11 +116,10 @@ class Reader:
         return out.last_hidden_state[:, -length:], asked.weights if row else None
 
 
-def _mask(whole: Block, offset: int) -> Tensor:
+def _mask(whole: Block, offset: int, numbers: torch.dtype) -> Tensor:
     """(B, 1, L, S) to be added to scores. Finite, because a padded query that sees nothing must not become nan."""
     keys = torch.arange(whole.valid.shape[1], device=whole.valid.device)
     causal = keys <= keys[offset:, None]  # (L, S)
     open_ = causal & whole.valid[:, None] & ~(whole.blind[:, offset:, None] & whole.picture[:, None])  # (B, L, S)
-    numbers = whole.embeds.dtype
     lowest = max(torch.finfo(numbers).min, torch.finfo(torch.float32).min)
     return torch.zeros_like(open_, dtype=numbers).masked_fill(~open_, lowest).unsqueeze(1)

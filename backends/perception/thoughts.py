@@ -79,11 +79,11 @@ class Thinking:
         self._mode, self._given, self._pool, self._embed = mode, given, given.pool, model.get_input_embeddings()
         self._wanted, self._most = wanted, int(wanted.max())
         self._reader, self._choice = Reader(model, cached=cached), Choice(mode, given.there, seeds)
-        self._places = (
-            onward(torch.zeros_like(wanted), given.valid).expand_as(given.positions) if mode.positions == "flat" else given.positions
-        )
+        flat = onward(torch.zeros_like(wanted), given.valid).expand_as(given.positions)
+        self._places = flat if mode.positions == "flat" else given.positions  # (P, B, L)
         self._following = self._places.masked_fill(~given.valid, -1).amax(dim=(0, 2)) + 1  # (B,)
-        self._state, self._scores = given.embeds[:, -1], None  # until the prompt is read
+        self._state = given.embeds[:, -1]  # (B, D), until the prompt is read
+        self._scores: Tensor | None = None
 
     def run(self, chosen: Tensor | None, edits: Edits, halt: Halt | None) -> Thoughts:
         """All steps. ``chosen`` (B, n, any K) are taken in place of a choice."""
@@ -191,9 +191,8 @@ class Thinking:
             none = self._state.new_zeros(lanes, 0, width)
             empty = taken.new_zeros(lanes, 0, k)
             return Thoughts(none, none, empty, none.new_zeros(lanes, 0, k, width), None, taken, self._state, self._following, self._reader)
-        states, fed, chosen, patches = (
-            torch.stack([getattr(one, name) for one in steps], 1) for name in ("state", "fed", "chosen", "patches")
-        )
+        names = ("state", "fed", "chosen", "patches")
+        states, fed, chosen, patches = (torch.stack([getattr(one, name) for one in steps], 1) for name in names)
         scored = [one.scores for one in steps if one.scores is not None]
         scores = torch.stack(scored, 1) if len(scored) == len(steps) else None
         return Thoughts(states, fed, chosen, patches, scores, taken, self._state, self._following, self._reader)
