@@ -143,6 +143,7 @@ class Stream:
             finish_reason=generation.finish_reason,
             truncated=generation.finish_reason == "length",
             images=generation.images,
+            thoughts=generation.thoughts,
             cached_tokens=generation.cached_tokens,
             reported=generation.reported,
             messages=[json.dumps(plain_message(message), ensure_ascii=False) for message in messages],

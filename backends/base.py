@@ -22,9 +22,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from monologue.traces.images import Picture
 
 FinishReason = Literal["stop", "length", "abort"]
+LATENT = "transformers-latent"
+"""Name of the in-process engine when it thinks in latent steps before it speaks."""
 
 
 __all__ = [
+    "LATENT",
     "Backend",
     "BackendError",
     "BackendTimeout",
@@ -38,6 +41,7 @@ __all__ = [
     "RequestRefused",
     "Sampling",
     "Spoken",
+    "Thought",
 ]
 
 
@@ -127,6 +131,20 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class Thought:
+    """One latent step, as far as people can read it."""
+
+    chosen: tuple[int, ...]
+    """Patches that were read again, counted from 0 among the visual tokens of all pictures."""
+    norm: float
+    """Of the state that was fed back."""
+    words: tuple[str, ...]
+    """What the state was nearest to saying, likeliest first."""
+    chances: tuple[float, ...]
+    """Probability of each of the words."""
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """What a policy returned. ``ids`` and ``logprobs`` have the same length."""
 
@@ -150,6 +168,8 @@ class Generation:
     """Prompt and reply as the engine counts and bills them, where that is in other tokens than these ids; None where it does not say."""
     entropies: tuple[float, ...] | None = None
     """Of the distribution behind each sampled id, nats; None where the engine does not say."""
+    thoughts: tuple[Thought, ...] = ()
+    """Latent steps taken before the first id."""
 
 
 @dataclass(frozen=True, slots=True)

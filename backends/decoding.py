@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from monologue.backends.base import Sampling
+from monologue.backends.base import Sampling, Thought
 from monologue.backends.prefixes import Prefix, Prefixes
 from monologue.backends.sampling import draw, log_distribution
 
@@ -55,6 +55,8 @@ class Lane:
     """Their log-probs in nats."""
     entropies: list[float] = field(default_factory=list)
     """Of the distributions that they were drawn from, in nats."""
+    thoughts: tuple[Thought, ...] = ()
+    """Latent steps before the first id."""
 
     @property
     def cached(self) -> int:

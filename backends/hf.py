@@ -7,7 +7,8 @@ that one has a single sampling for a batch and cannot let a sequence leave early
 What a caller should know: image and video placeholders are banned from sampling, so log-probs are those of the distribution
 without them (``facts.extra["banned_ids"]``; a trainer must ban them too). Without stop ids nothing but ``max_tokens`` ends a
 generation. ``threads`` sets torch's thread count for the process; None leaves it alone. A stream that goes on is read from where its
-last call ended (``prefixes``; ``prefix_tokens`` bounds what is kept, 0 keeps nothing).
+last call ended (``prefixes``; ``prefix_tokens`` bounds what is kept, 0 keeps nothing). With a ``habit`` the model thinks in latent steps
+before it speaks (``latent``), and the engine is called ``transformers-latent``.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import torch
 import transformers
 from PIL.Image import Image
 
-from monologue.backends.base import BackendError, Facts, Generation, ImageFacts, Prompt, RequestRefused, Sampling
+from monologue.backends.base import LATENT, BackendError, Facts, Generation, ImageFacts, Prompt, RequestRefused, Sampling
 from monologue.backends.batching import Batcher, Ticket
 from monologue.backends.checkpoints import Checkpoint, open_checkpoint, take_weights
 from monologue.backends.decoding import Decoder, Lane
 from monologue.backends.inputs import Inputs
+from monologue.backends.latent import Habit, Thinker
 from monologue.backends.pictures import Placeholders, locate
 from monologue.backends.prefixes import Prefixes
 from monologue.backends.tokens import template_hash, tokenizer_hash
@@ -78,6 +80,7 @@ class HFBackend:
         timeout: float | None = None,
         local_files_only: bool = False,
         prefix_tokens: int = 32768,
+        habit: Habit | None = None,
     ) -> None:
         if not isinstance(source, Checkpoint):
             if dtype not in ("float32", "bfloat16", "float16"):
@@ -87,8 +90,8 @@ class HFBackend:
         self._model, self._inputs = source.model, Inputs(source)
         self.tokenizer = source.tokenizer
         self.processor_hash, self.image_token_id = self._inputs.processor_hash, self._inputs.image_token_id
-        self._prefixes = Prefixes(prefix_tokens)
-        self._decoder, self._threads = Decoder(self._model, self._inputs.banned, self._prefixes), threads
+        self._prefixes, self._threads = Prefixes(0 if habit else prefix_tokens), threads
+        self._habit, self._decoder = habit, self._decoding(habit)
         self._facts = self._describe(source.source, version or source.version)
         self._batcher: Batcher[_Job, Any] = Batcher(
             self._run,
@@ -131,11 +134,16 @@ class HFBackend:
     async def aclose(self) -> None:
         await self._batcher.aclose()
 
+    def _decoding(self, habit: Habit | None) -> Decoder | Thinker:
+        if habit is None:
+            return Decoder(self._model, self._inputs.banned, self._prefixes)
+        return Thinker(self._model, self._inputs.banned, habit, self.tokenizer)
+
     def _describe(self, model: str, version: str) -> Facts:
         text = self._model.config.get_text_config()
         return Facts(
             model=model,
-            engine="transformers",
+            engine=LATENT if self._habit else "transformers",
             engine_version=transformers.__version__,
             weights_version=version,
             tokenizer_hash=tokenizer_hash(self.tokenizer),
@@ -195,6 +203,7 @@ class HFBackend:
                     seed=ticket.job.seed,
                     cached_tokens=lane.cached,
                     entropies=tuple(lane.entropies),
+                    thoughts=lane.thoughts,
                 )
             )
 

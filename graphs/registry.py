@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from monologue.agents.messages import Action
-from monologue.graphs import blind, caption, direct, monologue
+from monologue.graphs import blind, caption, direct, latent, monologue
 from monologue.graphs.state import GraphError
 from monologue.tasks.base import Problem
 
@@ -83,4 +83,5 @@ register(Graph("monologue", ("questioner", "answerer"), monologue.build, monolog
 register(Graph("direct", ("answerer",), direct.build, direct.oracle, ("wrong-picture",)))
 register(Graph("look", ("answerer",), direct.build_look, direct.oracle, ("wrong-picture",)))
 register(Graph("caption", ("questioner", "answerer"), caption.build, caption.oracle, ("wrong-picture",)))
+register(Graph("latent", ("thinker", "questioner", "answerer"), latent.build, latent.oracle, ("wrong-picture",)))
 register(Graph("blind", ("questioner",), blind.build, blind.oracle))

@@ -15,7 +15,7 @@ from pathlib import Path
 from monologue import commands, exports, serving, stages, viewing
 from monologue.version import __version__
 
-STAGES = ("starter", "imitate", "reinforce")
+STAGES = ("starter", "imitate", "reinforce", "latent")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,6 +49,12 @@ def _seats(command: argparse.ArgumentParser) -> None:
         help="'starter', 'oracle', a folder or name of a Hugging Face VLM, or chat:PROVIDER:MODEL",
     )
     command.add_argument(
+        "--thinker",
+        default="starter",
+        metavar="MODEL",
+        help="graph latent: 'starter', 'oracle', or a folder that 'monologue train latent' wrote",
+    )
+    command.add_argument(
         "--backend",
         default="transformers",
         choices=commands.BACKENDS,
@@ -66,7 +72,7 @@ def _seats(command: argparse.ArgumentParser) -> None:
 def _play(command: argparse.ArgumentParser) -> None:
     command.add_argument("--task", default="shapes", choices=sorted(commands.TASKS))
     command.add_argument("--split", help="default: test")
-    command.add_argument("--graph", default="monologue", metavar="GRAPH", help="e.g. monologue, monologue:looks=2, direct, caption, blind")
+    command.add_argument("--graph", default="monologue", metavar="GRAPH", help="e.g. monologue, monologue:looks=2, latent, direct, caption, blind")
     command.add_argument("--n", type=int, help="problems (default: 20)")
     command.add_argument("--families", metavar="NAMES", help="question families of shapes or hops, separated by commas (default: all)")
     command.add_argument("--samples", type=int, default=1, help="episodes per problem")
@@ -179,19 +185,20 @@ def _import(command: argparse.ArgumentParser) -> None:
 
 
 def _train(command: argparse.ArgumentParser) -> None:
-    told = "starter: the shipped policies, from nothing; imitate: what a role said in a run; reinforce: on outcome"
+    told = "starter: the shipped policies, from nothing; imitate: what a role said in a run; reinforce: on outcome; "
+    told += "latent: from saying its reasoning to thinking it"
     command.add_argument("stage", choices=STAGES, metavar="STAGE", help=told)
     command.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="a recipe of ours by name (answerer, questioner, direct, imitate, reinforce, immo ...) or a TOML file",
+        help="a recipe of ours by name (answerer, questioner, direct, imitate, reinforce, immo, latent ...) or a TOML file",
     )
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a top-level key of the recipe")
     command.add_argument("--out", type=Path, metavar="DIR", help="default: runs/RECIPE")
     command.add_argument("--start", type=Path, metavar="DIR", help="checkpoint to start from: perception for 'direct'")
     command.add_argument("--only", nargs="+", metavar="STAGE", help="run these stages of the recipe only, e.g. after --start")
     command.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
-    command.add_argument("--resume", action="store_true", help="reinforce: go on where a run in --out was ended")
+    command.add_argument("--resume", action="store_true", help="reinforce, latent: go on where a run in --out was ended")
     command.set_defaults(run=stages.train)
 
 

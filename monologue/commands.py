@@ -43,6 +43,7 @@ def user_errors() -> tuple[type[Exception], ...]:
         "monologue.traces.extras": "ExportError",
         "monologue.training.dataset": "MissingExtra",
         "monologue.training.exports.writing": "ExportError",
+        "monologue.training.rationales": "RationaleError",
     }
     found = [getattr(sys.modules[module], name) for module, name in wanted.items() if module in sys.modules]
     return (UsageError, TaskError, PictureError, RunError, *found)
@@ -121,7 +122,7 @@ def kept(options: argparse.Namespace) -> str:
         return f"every finished episode is kept in {options.out}; the same command with --out {options.out} goes on from there"
     if options.verb == "eval" and options.out is not None:
         return f"every finished episode is kept in {options.out}; the same command goes on from there"
-    if options.verb == "train" and options.stage == "reinforce":
+    if options.verb == "train" and options.stage in ("reinforce", "latent"):
         return "the run is kept; the same command with its --out and --resume goes on from the last checkpoint"
     return "nothing is kept" if options.verb in ("eval", "train", "play") else "nothing was changed"
 

@@ -23,7 +23,7 @@ from monologue.agents.codec import CodecError
 from monologue.agents.load import check_role, codec_for, load_policy
 from monologue.agents.policy import Policy, close
 from monologue.backends.base import Sampling
-from monologue.backends.places import STARTERS, portable, short
+from monologue.backends.places import STARTERS, place, portable, short
 from monologue.graphs.crew import Crew
 from monologue.graphs.oracle import Seat, oracle, scripted
 from monologue.graphs.play import play
@@ -34,8 +34,10 @@ from monologue.usage import UsageError
 from monologue.version import __version__
 
 
-def starter(role: str, graph: str = "monologue") -> Path:
-    """The shipped checkpoint of a seat; ``starter("direct")`` is the one-shot rival."""
+def starter(role: str, graph: str = "monologue", task: str = "shapes") -> Path:
+    """The shipped checkpoint of a seat. In the world of hops one policy takes every seat; in the others ``direct`` has a rival of its own."""
+    if task == "hops":
+        return STARTERS / "thinker"
     return STARTERS / ("direct" if graph == "direct" and role == "answerer" else role)
 
 
@@ -48,6 +50,13 @@ def config_of(options: argparse.Namespace) -> dict[str, Any]:
         plain |= {"image": None, "question": None, "choices": None}
         return {**plain, "command": "monologue play (its problem was not captured)", "version": __version__}
     return {**plain, "command": "monologue " + " ".join(sys.argv[1:]), "version": __version__}
+
+
+def habit_of(source: str) -> Any:
+    """How a checkpoint was taught to think. Raises BackendError where it was not."""
+    from monologue.backends.latent import Habit
+
+    return Habit.load(place(source))
 
 
 @contextmanager
@@ -81,11 +90,15 @@ def _seated(graph: str, options: argparse.Namespace, loaded: dict[str, Policy]) 
         if options.backend == "sglang" or wanted.startswith(("http://", "https://")):
             taken[role] = loaded[wanted] = _served(wanted, role, sampling)
             continue
-        source = portable(starter(role, graph) if wanted in ("starter", "oracle") else wanted)
-        if source not in loaded:
+        source = portable(starter(role, graph, getattr(options, "task", "shapes")) if wanted in ("starter", "oracle") else wanted)
+        thinks = role == "thinker"
+        key = f"{source} thinking" if thinks else source
+        if key not in loaded:
             taken_names = {policy.policy_id for policy in loaded.values()}
-            loaded[source] = load_policy(source, role, sampling=sampling, policy_id=source if short(source) in taken_names else "")
-        policy = loaded[source]
+            more = {"habit": habit_of(source), "trainable": False} if thinks else {}
+            named = source if short(source) in taken_names and not thinks else ""
+            loaded[key] = load_policy(source, role, sampling=sampling, policy_id=named, **more)
+        policy = loaded[key]
         check_role(policy.backend, role)
         taken[role] = _oracle(policy, role) if wanted == "oracle" else policy
     return taken

@@ -11,7 +11,8 @@ from monologue.tables import table
 
 def train(options: argparse.Namespace) -> int:
     """Trains a policy by a recipe."""
-    return {"starter": train_starter, "imitate": train_imitate, "reinforce": train_reinforce}[options.stage](options)
+    stages = {"starter": train_starter, "imitate": train_imitate, "reinforce": train_reinforce, "latent": train_latent}
+    return stages[options.stage](options)
 
 
 def train_starter(options: argparse.Namespace) -> int:
@@ -77,4 +78,26 @@ def train_reinforce(options: argparse.Namespace) -> int:
     print(f"look:  monologue view {out}")
     for role in recipe.trained:
         print(f"play:  monologue play --{role} {out / role}")
+    return 0
+
+
+def train_latent(options: argparse.Namespace) -> int:
+    """Progressive internalisation."""
+    from monologue.commands import named_task
+    from monologue.seating import starter
+    from monologue.training.latent import Latent, internalise
+    from monologue.training.recipe import override, read_recipe
+    from monologue.voices import rationales_of, voice_of
+
+    recipe = Latent.read(override(read_recipe(options.recipe), options.set, Latent.model_fields))
+    if options.dry_run:
+        print(recipe.model_dump_json(indent=1))
+        return 0
+    source = str(options.start or recipe.model)
+    source = str(starter("questioner", task="hops")) if source == "starter" else source
+    out = options.out or Path("runs") / "latent"
+    lines = internalise(recipe, rationales_of(recipe, named_task), voice_of, out, source=source, resume=options.resume)
+    ends = [line for line in lines if line["at"] == recipe.steps[int(line["stage"].split()[0])]]
+    table(["stage", "steps", "loss of words"], [[line["stage"], str(line["at"]), f"{line['words']:.4f}"] for line in ends])
+    print(f"play:  monologue play --graph latent --thinker {out}")
     return 0

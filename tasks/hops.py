@@ -1,13 +1,14 @@
 """The hops world: a picture of twelve labelled cells in which every answer takes more serial look-ups than a shallow model has layers.
 
-A cell shows its own letter, an arrow to another letter, and a colour. ``which colour is 3 hops after c ?`` follows three arrows from the
+A cell shows its own letter, an arrow to another letter, and a colour. ``which colour is 3 hops after c`` follows three arrows from the
 cell c and names the colour found there: three look-ups whose key is the answer before, and one for the colour. The arrows make one ring
 through all cells, so every other cell is as likely an end as any, none is visited twice, and no statistic of the picture helps who does
 not walk. Each colour stands on two cells, and the six of them are always the choices, so a guesser has one in six (two in eleven, knowing
 that the start is not the end). The picture is drawn from a seed: train, validation and test never share one.
 
-The oracle monologue asks for one hop a turn, ``what follows c ?``, then for the colour. One cell is 28 pixels: one visual token of a
-Qwen2-VL with patches of 14 pixels merged two by two.
+The oracle monologue asks for one hop a turn, ``what follows c``, then for the colour. Questions end with the letter that they ask about:
+what a tiny model has read last, it looks up with one circuit. One cell is 28 pixels: one visual token of a Qwen2-VL with patches of 14
+pixels merged two by two.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ ARROW = (0b000100, 0b000110, 0b111111, 0b000110, 0b000100)
 INK = (250, 250, 250)
 FAMILIES = {"hop1": 1, "hop2": 2, "hop3": 3, "hop4": 4}
 """Arrows to follow."""
-VOCABULARY = (*LETTERS, *COLOURS, *map(str, range(10)), "which", "what", "colour", "is", "hop", "hops", "after", "follows", "?")
+VOCABULARY = (*LETTERS, *COLOURS, *map(str, range(10)), "which", "what", "colour", "is", "hop", "hops", "after", "follows")
 """Every word that this world says or hears."""
 
 
@@ -158,12 +159,12 @@ class Hops:
         rng = random.Random(f"hops/{seed}/{split}/{family}/{index}")
         board = draw_board(rng)
         way = walk(board, rng.choice(board).letter, hops)
-        turns = [OracleTurn(f"what follows {cell.letter} ?", cell.follows) for cell in way[:-1]]
-        turns.append(OracleTurn(f"what colour is {way[-1].letter} ?", way[-1].colour))
+        turns = [OracleTurn(f"what follows {cell.letter}", cell.follows) for cell in way[:-1]]
+        turns.append(OracleTurn(f"what colour is {way[-1].letter}", way[-1].colour))
         return Problem(
             id=f"{self._world}/{split}/{seed}/{index}",
             task=self.name,
-            question=f"which colour is {hops} hop{'s' * (hops > 1)} after {way[0].letter} ?",
+            question=f"which colour is {hops} hop{'s' * (hops > 1)} after {way[0].letter}",
             choices=tuple(COLOURS),
             gold=tuple(COLOURS).index(way[-1].colour),
             pictures=(Drawing(board, rng.getrandbits(32)),),

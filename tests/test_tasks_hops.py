@@ -15,14 +15,14 @@ PROBLEMS = list(Hops().problems("train", 400))
 def test_the_oracle_walks_from_the_start_to_the_gold_colour() -> None:
     for problem in PROBLEMS:
         cells = {letter: (follows, colour) for letter, follows, colour in problem.extra["cells"]}
-        letter = problem.question.split()[-2]
+        letter = problem.question.split()[-1]
         assert problem.oracle is not None and problem.gold is not None
         *hops, last = problem.oracle
         for turn in hops:
-            assert turn.question == f"what follows {letter} ?"
+            assert turn.question == f"what follows {letter}"
             letter = turn.reply
-            assert letter == cells[turn.question.split()[-2]][0]
-        assert last.question == f"what colour is {letter} ?"
+            assert letter == cells[turn.question.split()[-1]][0]
+        assert last.question == f"what colour is {letter}"
         assert last.reply == cells[letter][1] == problem.choices[problem.gold]
         assert len(hops) == FAMILIES[problem.family] == (problem.hops or 0) - 1
 

@@ -144,7 +144,7 @@ def test_same_seed_same_batches(words: Words) -> None:
 def test_a_grown_model_says_what_its_seed_said(sight: Sight, words: Words, tmp_path: Path) -> None:
     tokenizer = build_tokenizer()
     make.round_weights(sight.model)
-    make.save(sight.model, tokenizer, tmp_path, vision=True)
+    make.save(sight.model, tokenizer, tmp_path, build_image_processor())
     grown = Sight(direct.grow(tmp_path, 6, 0, tokenizer), words)
     batch = next(batches.drills("grow", words, 2, batches.CAPTIONS))
     assert batch.pixels is not None
@@ -171,14 +171,14 @@ def test_direct_without_a_perception_checkpoint_is_refused(tmp_path: Path) -> No
 def test_saving_does_not_touch_the_model_in_training(words: Words, tmp_path: Path) -> None:
     model = build_questioner(3, build_tokenizer())
     before = {name: value.clone() for name, value in [*model.named_parameters(), *model.named_buffers()]}
-    make.save(model, build_tokenizer(), tmp_path, vision=False)
+    make.save(model, build_tokenizer(), tmp_path, None)
     assert all(torch.equal(value, before[name]) for name, value in [*model.named_parameters(), *model.named_buffers()])
 
 
 def test_weights_are_rounded_before_they_ship(words: Words, tmp_path: Path) -> None:
     model = build_questioner(3, build_tokenizer())
     make.round_weights(model)
-    make.save(model, build_tokenizer(), tmp_path, vision=False)
+    make.save(model, build_tokenizer(), tmp_path, None)
     again = type(model).from_pretrained(tmp_path, dtype=torch.float32)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
 
@@ -190,4 +190,4 @@ def test_the_model_card_is_what_the_command_makes_of_the_files_beside_it() -> No
     for name in card.POLICIES:
         facts = json.loads((folder / name / "card.json").read_text())
         assert facts["weights_sha256"] == hashlib.sha256((folder / name / "model.safetensors").read_bytes()).hexdigest()
-        assert facts["world_sha256"] == make.world_hash()
+        assert facts["world_sha256"] == make.world_hash(Shapes())

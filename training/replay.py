@@ -31,8 +31,8 @@ from typing import Any
 from PIL import ImageOps
 from PIL.Image import Image, Transpose
 
-from monologue.backends.base import Backend, BackendError, Picture, Prompt, Sampling
-from monologue.backends.places import UNKNOWN
+from monologue.backends.base import LATENT, Backend, BackendError, Picture, Prompt, Sampling
+from monologue.backends.places import UNKNOWN, place
 from monologue.traces.images import PictureError
 from monologue.traces.schema import PolicyCall
 from monologue.traces.store import RunReader
@@ -63,10 +63,11 @@ class Weights:
         self._engines: dict[str, Backend] = {}
 
     def __call__(self, call: PolicyCall) -> Backend:
-        source = self.source(call)
-        if source not in self._engines:
-            self._engines[source] = _engine(source, self._options)
-        return self._engines[source]
+        source, thinks = self.source(call), call.engine == LATENT
+        name = f"{source} thinking" if thinks else source
+        if name not in self._engines:
+            self._engines[name] = _engine(source, self._options, thinks)
+        return self._engines[name]
 
     def source(self, call: PolicyCall) -> str:
         """The folder or Hub name of a call's weights. Raises BackendError."""
@@ -86,14 +87,15 @@ class Weights:
             await engine.aclose()
 
 
-def _engine(source: str, options: Mapping[str, Any]) -> Backend:
+def _engine(source: str, options: Mapping[str, Any], thinks: bool) -> Backend:
     try:
         from monologue.backends.hf import HFBackend
+        from monologue.backends.latent import Habit
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers", "tokenizers", "safetensors"):
             raise
         raise BackendError(f"replay needs {error.name}; pip install 'monologue[train]', or verify with --no-replay") from error
-    return HFBackend(source, **options)
+    return HFBackend(source, **options, habit=Habit.load(place(source)) if thinks else None)
 
 
 @dataclass

@@ -1,10 +1,11 @@
-"""One command a policy: ``monologue train starter answerer|questioner|direct``. Writes a checkpoint, its curve and its card.
+"""One command a policy: ``monologue train starter answerer|questioner|direct|speaker``. Writes a checkpoint, its curve and its card.
 
     answerer     four-step curriculum (``answerer``)
     questioner   imitation of oracle monologues (``questioner``)
     direct       the rival: starts from the finished answerer (``direct-plain``: from its checkpoint after ``locate``), is grown with
                  layers that change nothing at first until it has as many parameters as questioner and answerer together, and is
                  trained to answer whole problems in one shot, with at least as many pictures and processor seconds in all
+    speaker      every seat of the hops world (``speaker``); ``monologue train latent`` makes a thinker of it
 
 Weights are rounded to bfloat16 before they are examined and saved, so the card speaks of the very numbers that ship.
 """
@@ -24,11 +25,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from monologue.tasks.base import Task
+from monologue.tasks.hops import VOCABULARY, Hops
+from monologue.tasks.shapes import Shapes
+from monologue.tasks.shapes.task import content_hash
 from monologue.training.recipe import RecipeError
-from monologue.training.starter import answerer, direct, questioner
+from monologue.training.starter import answerer, direct, questioner, speaker
 from monologue.training.starter.batches import Words
 from monologue.training.starter.fit import Curve, Stage, fit
-from monologue.training.starter.models import build_answerer, build_image_processor, build_questioner, build_tokenizer
+from monologue.training.starter.models import build_answerer, build_image_processor, build_questioner, build_speaker, build_tokenizer
 from monologue.training.starter.sight import Sight
 
 
@@ -56,9 +61,11 @@ def make(recipe: dict[str, Any], out: Path, start: Path | None = None) -> dict[s
         raise RecipeError(f"unknown policy {recipe['policy']!r}; expected one of {', '.join(_MAKERS)}")
     torch.set_num_threads(1)
     began = time.process_time()
-    bench = Bench(recipe, out, start, build_tokenizer(), Curve(out / "curve.jsonl"))
+    hops = recipe["policy"] == "speaker"
+    bench = Bench(recipe, out, start, build_tokenizer(VOCABULARY) if hops else build_tokenizer(), Curve(out / "curve.jsonl"))
     model, scores = _MAKERS[recipe["policy"]](bench)
-    save(model, bench.tokenizer, out, vision=recipe["policy"] != "questioner")
+    processor = None if recipe["policy"] == "questioner" else build_image_processor(112, 84) if hops else build_image_processor()
+    save(model, bench.tokenizer, out, processor)
     return write_card(out, recipe, model, scores, time.process_time() - began)
 
 
@@ -103,7 +110,7 @@ def _answerer(bench: Bench) -> Made:
     for stage in stages_of(bench.recipe):
         answerer.learn(sight, [stage], bench.seed, bench.curve)
         if stage.name == "locate":
-            save(model, bench.tokenizer, bench.out / "perception", vision=True)
+            save(model, bench.tokenizer, bench.out / "perception", build_image_processor())
     round_weights(model)
     return model, answerer.examine(sight, 1000, "validation-final")
 
@@ -124,7 +131,15 @@ def _direct(bench: Bench) -> Made:
     return model, direct.examine(sight, 2000)
 
 
-_MAKERS: dict[str, Callable[[Bench], Made]] = {"answerer": _answerer, "questioner": _questioner, "direct": _direct}
+def _speaker(bench: Bench) -> Made:
+    learner = speaker.Speaker(build_speaker(bench.seed, bench.tokenizer), bench.words)
+    for stage in stages_of(bench.recipe):
+        speaker.learn(learner, stage, bench.seed, bench.curve)
+    round_weights(learner.model)
+    return learner.model, speaker.examine(learner, 1000)
+
+
+_MAKERS: dict[str, Callable[[Bench], Made]] = {"answerer": _answerer, "questioner": _questioner, "direct": _direct, "speaker": _speaker}
 
 
 @torch.no_grad()
@@ -134,13 +149,13 @@ def round_weights(model: nn.Module) -> None:
         parameter.copy_(parameter.to(torch.bfloat16).float())
 
 
-def save(model: Any, tokenizer: Any, out: Path, vision: bool) -> None:
+def save(model: Any, tokenizer: Any, out: Path, processor: Any | None) -> None:
     """A bfloat16 checkpoint that ``from_pretrained`` reads. A copy is cast: casting there and back would round rotary tables for good."""
     out.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    if vision:
-        build_image_processor().save_pretrained(out)
+    if processor is not None:
+        processor.save_pretrained(out)
 
 
 def write_card(out: Path, recipe: dict[str, Any], model: nn.Module, scores: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -153,7 +168,7 @@ def write_card(out: Path, recipe: dict[str, Any], model: nn.Module, scores: dict
         "parameters": sum(p.numel() for p in model.parameters()),
         "cpu_seconds": round(seconds),
         "torch": torch.__version__.split("+")[0],
-        "world_sha256": world_hash(),
+        "world_sha256": world_hash(Hops() if recipe["policy"] == "speaker" else Shapes()),
         "weights_sha256": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
         "validation": scores,
     }
@@ -161,9 +176,6 @@ def write_card(out: Path, recipe: dict[str, Any], model: nn.Module, scores: dict
     return card
 
 
-def world_hash() -> str:
-    """Hash of the first hundred training problems, pixels included: changes when the generator does."""
-    from monologue.tasks.shapes import Shapes
-    from monologue.tasks.shapes.task import content_hash
-
-    return content_hash(Shapes().problems("train", 100))
+def world_hash(task: Task) -> str:
+    """Hash of a world's first hundred training problems, pixels included: changes when the generator does."""
+    return content_hash(task.problems("train", 100))

@@ -3,6 +3,7 @@
     questioner   Qwen3ForCausalLM                  text only
     answerer     Qwen2VLForConditionalGeneration   patch 14, merge 2: one visual token per board cell
     direct       the answerer's class with more layers, so that it has as many parameters as the two above together
+    speaker      the answerer's class, half as wide and deep: every seat of the hops world, and where a thinker begins
 
 Widths near 100 die under the usual initial spread of 0.02, so weights start at 1/sqrt(fan in) and embeddings at 1/sqrt(width).
 """
@@ -10,6 +11,7 @@ Widths near 100 die under the usual initial spread of 0.02, so weights start at 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -34,13 +36,13 @@ CONTEXT = 512
 SIDE_PIXELS = 84
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the shapes world, lower case, punctuation apart. Ids are the order of SPECIALS, then VOCABULARY.
+def build_tokenizer(vocabulary: Sequence[str] = VOCABULARY) -> PreTrainedTokenizerFast:
+    """One token per word of a world, lower case, punctuation apart. Ids are the order of SPECIALS, then the vocabulary's.
 
     Text is words with a space between, but none inside ``<|vision_start|><|image_pad|><|vision_end|>``: SGLang decodes a prompt and looks
     for these three as one piece, and where it does not find them it drops the picture without a word.
     """
-    table = {word: index for index, word in enumerate((*SPECIALS, *VOCABULARY))}
+    table = {word: index for index, word in enumerate((*SPECIALS, *vocabulary))}
     core = Tokenizer(WordLevel(table, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")])
@@ -59,9 +61,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_image_processor() -> Qwen2VLImageProcessorPil:
-    """Resizes any picture to 84 x 84 pixels: 36 patches, 9 visual tokens."""
-    pixels = SIDE_PIXELS**2
+def build_image_processor(wide: int = SIDE_PIXELS, high: int = SIDE_PIXELS) -> Qwen2VLImageProcessorPil:
+    """Resizes any picture to as many pixels as 84 x 84 have (36 patches, 9 visual tokens), or to another number."""
+    pixels = wide * high
     return Qwen2VLImageProcessorPil(patch_size=14, temporal_patch_size=2, merge_size=2, min_pixels=pixels, max_pixels=pixels)
 
 
@@ -71,12 +73,28 @@ def build_questioner(seed: int, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForC
 
 
 def build_answerer(seed: int, tokenizer: PreTrainedTokenizerFast, layers: int = LAYERS) -> Qwen2VLForConditionalGeneration:
+    text = {**_text(tokenizer), "num_hidden_layers": layers}
+    return _sighted(text, {"depth": 2, "embed_dim": 96}, [4, 6, 6], 1e6, tokenizer, seed)
+
+
+def build_speaker(seed: int, tokenizer: PreTrainedTokenizerFast, width: int = 64, layers: int = 2) -> Qwen2VLForConditionalGeneration:
+    """The smallest model that learns the hops world: two layers cannot take more than two look-ups in series."""
+    size = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers, "head_dim": width // HEADS}
+    half = width // HEADS // 2
+    sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
+    return _sighted({**_text(tokenizer), **size}, {"depth": 1, "embed_dim": 64}, sections, 1e4, tokenizer, seed)
+
+
+def _sighted(
+    text: dict[str, Any], sight: dict[str, Any], sections: list[int], theta: float, tokenizer: PreTrainedTokenizerFast, seed: int
+) -> Qwen2VLForConditionalGeneration:
     word = tokenizer.get_vocab().__getitem__
-    rope = {"rope_type": "default", "type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6}
+    rope = {"rope_type": "default", "type": "default", "mrope_section": sections, "rope_theta": theta}
     config = Qwen2VLConfig(
-        text_config={**_text(tokenizer), "num_hidden_layers": layers, "rope_parameters": rope, "tie_word_embeddings": True},
+        text_config={**text, "rope_parameters": rope, "tie_word_embeddings": True},
         vision_config={
-            **{"depth": 2, "embed_dim": 96, "num_heads": 4, "mlp_ratio": 2, "hidden_size": WIDTH},
+            **sight,
+            **{"num_heads": 4, "mlp_ratio": 2, "hidden_size": text["hidden_size"]},
             **{"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3},
             "in_chans": 3,  # the name under which SGLang looks for it
         },

@@ -1,0 +1,156 @@
+"""The in-process engine's other way to answer: latent steps first (``perception.ivtlr``), then words, sampled as ever.
+
+``Habit`` is how a checkpoint was taught to think; it lies beside the weights as ``latent.json``. ``Thinker`` stands in for the engine's
+``Decoder``, so batching, sampling, log-probs and replay are those of every other policy: thoughts follow from prompt and pictures alone, so a
+recorded call is scored by thinking again.
+
+A thinker never takes up what an earlier call of its stream has read: the thoughts between would be missing. It reads the whole prompt and
+thinks anew, which is what training did. Lanes that are done stay in their batch until all are, since answers after thoughts are short.
+
+Shapes: B lanes, n steps, K patches a step, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monologue.backends.base import BackendError, Thought
+from monologue.backends.decoding import Lane
+from monologue.backends.perception.ivtlr import LatentReasoner, Thoughts
+from monologue.backends.perception.modes import Mode
+from monologue.backends.perception.prompts import Asked, prompts
+from monologue.backends.perception.reading import text
+from monologue.backends.sampling import draw, log_distribution
+
+FILE = "latent.json"
+NEAREST = 3
+"""Words told of each state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Habit:
+    """How a checkpoint thinks."""
+
+    mode: Mode
+    """How a step is made."""
+    steps: int
+    """Latent steps; at most, where it stops by itself."""
+    think: int | None = None
+    """Id by which a state says that it has not finished; None: the number of steps is fixed."""
+
+    def save(self, folder: str | Path) -> None:
+        """Beside the weights."""
+        (Path(folder) / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Habit:
+        """Raises BackendError for a checkpoint that was never taught to think."""
+        file = Path(folder) / FILE
+        if not file.is_file():
+            raise BackendError(f"expected {FILE} in {str(folder)!r}: it was not taught to think; see 'monologue train latent'")
+        try:
+            facts = json.loads(file.read_text())
+            return cls(**{**facts, "mode": Mode(**facts["mode"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise BackendError(f"{str(file)!r} does not say how to think: {error}") from error
+
+    def halt(self, reasoner: LatentReasoner) -> Callable[[int, Tensor], Tensor] | None:
+        """For ``LatentReasoner.think``: lanes whose state (B, D) says that it has finished."""
+        if self.think is None:
+            return None
+        word = self.think
+        return lambda step, states: reasoner.say(states).log_softmax(-1)[:, word] < torch.tensor(0.5).log()
+
+
+class Thinker:
+    """Runs lanes through a model that thinks first."""
+
+    def __init__(self, model: Any, banned: Sequence[int], habit: Habit, tokenizer: Any) -> None:
+        if habit.mode.patches == "random":
+            raise BackendError("a policy with random patches is a control and cannot be replayed; seat one that chooses")
+        self._banned, self._habit, self._tokenizer = tuple(banned), habit, tokenizer
+        self._reasoner = LatentReasoner(model, habit.mode)
+        self._model = model
+
+    @torch.inference_mode()
+    def generate(self, lanes: list[Lane], dropped: Callable[[Lane], bool]) -> Iterator[Lane]:
+        """Yields each lane when it is done; lanes that are ``dropped`` end without a word."""
+        thoughts = self._think(lanes)
+        for lane, told in zip(lanes, self._told(thoughts), strict=True):
+            lane.thoughts = told
+        hidden, following = thoughts.last, thoughts.following  # (B, D), (B,)
+        going = torch.ones(len(lanes), dtype=torch.bool)
+        while True:
+            self._sample(lanes, hidden, going)
+            yield from [lane for lane, on in zip(lanes, going.tolist(), strict=True) if on and lane.done]
+            going = torch.tensor([not lane.done and not dropped(lane) for lane in lanes])
+            if not bool(going.any()):
+                return
+            said = torch.tensor([[lane.sampled[-1]] for lane in lanes], device=hidden.device)
+            hidden, following = self._read(thoughts, said, going, following)
+
+    @torch.inference_mode()
+    def score(self, lanes: list[Lane], counts: list[int]) -> list[tuple[float, ...]]:
+        """Log-probs of the last ``count`` ids of each lane, said after thoughts that follow what stands before them."""
+        cut = [(lane.ids[: len(lane.ids) - count], lane.ids[len(lane.ids) - count :]) for lane, count in zip(lanes, counts, strict=True)]
+        thoughts = self._think(lanes, [before for before, _ in cut])
+        longest = max(counts)
+        ids = torch.tensor([[*said, *[0] * (longest - len(said))] for _, said in cut], device=thoughts.last.device)
+        valid = torch.arange(longest, device=ids.device) < torch.tensor(counts, device=ids.device)[:, None]
+        logits = self._reasoner.read(thoughts, ids, valid)  # (B, T, V)
+        found = []
+        for lane, row, line, count in zip(lanes, logits, ids, counts, strict=True):
+            log_probs = log_distribution(row[:count], [lane.sampling], self._banned)
+            found.append(tuple(log_probs.gather(-1, line[:count, None]).squeeze(-1).tolist()))
+        return found
+
+    def _think(self, lanes: list[Lane], ids: Sequence[tuple[int, ...]] | None = None) -> Thoughts:
+        starts = [lane.ids for lane in lanes] if ids is None else ids
+        asked = [
+            Asked(start, lane.pixels, lane.grids, lane.positions[:, : len(start)]) for lane, start in zip(lanes, starts, strict=True)
+        ]
+        return self._reasoner.think(prompts(self._model, asked), self._habit.steps, halt=self._habit.halt(self._reasoner))
+
+    def _told(self, thoughts: Thoughts) -> list[tuple[Thought, ...]]:
+        """Each lane's latent steps as plain values."""
+        chances, ids = self._reasoner.say(thoughts.states).softmax(-1).topk(NEAREST, dim=-1)  # (B, n, 3)
+        norms = thoughts.states.norm(dim=-1)
+        return [
+            tuple(
+                Thought(
+                    chosen=tuple(place for place in thoughts.chosen[lane, step].tolist() if place >= 0),
+                    norm=float(norms[lane, step]),
+                    words=tuple(self._tokenizer.decode([word]) for word in ids[lane, step].tolist()),
+                    chances=tuple(chances[lane, step].tolist()),
+                )
+                for step in range(count)
+            )
+            for lane, count in enumerate(thoughts.steps.tolist())
+        ]
+
+    def _sample(self, lanes: list[Lane], hidden: Tensor, going: Tensor) -> None:
+        samplings = [lane.sampling for lane in lanes]
+        log_probs = log_distribution(self._reasoner.say(hidden), samplings, self._banned)  # (B, V)
+        tokens = draw(log_probs, samplings, [lane.dice.random() for lane in lanes])
+        values = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist()
+        entropies = torch.special.entr(log_probs.exp()).sum(-1).tolist()
+        for place, lane in enumerate(lanes):
+            if going[place]:
+                lane.sampled.append(int(tokens[place]))
+                lane.logprobs.append(values[place])
+                lane.entropies.append(entropies[place])
+
+    def _read(self, thoughts: Thoughts, said: Tensor, going: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, D) after one more word (B, 1) of the lanes that go on."""
+        valid = going.to(said.device)[:, None]
+        places = following[:, None].expand(thoughts.reader.axes, -1, -1)  # (P, B, 1)
+        embeds = self._model.get_input_embeddings()(said)
+        block = text(embeds, valid, places, blind=self._habit.mode.bottleneck != "off")
+        return thoughts.reader.read(block)[0][:, -1], following + valid[:, 0]

@@ -1,0 +1,224 @@
+"""Progressive internalisation: what is learned at each stage, which gradients reach whom, and a resume that changes nothing."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from monologue.backends.base import BackendError
+from monologue.backends.checkpoints import Checkpoint, open_checkpoint
+from monologue.backends.inputs import Inputs
+from monologue.backends.latent import Habit
+from monologue.backends.perception.ivtlr import LatentReasoner
+from monologue.backends.perception.modes import OURS
+from monologue.backends.perception.prompts import prompts
+from monologue.cli import main
+from monologue.tasks.hops import VOCABULARY, Hops
+from monologue.training.internalise import Lesson, Objective, internalisation, left, lesson
+from monologue.training.latent import Latent, endless, internalise
+from monologue.training.rationales import of_problem, of_run
+from monologue.training.recipe import RecipeError
+from monologue.training.starter.make import save
+from monologue.training.starter.models import build_image_processor, build_speaker, build_tokenizer
+from monologue.traces.store import RunReader
+from monologue.voices import voice_of
+
+TASK = Hops()
+FAST: dict[str, Any] = {"task": "hops", "settings": {"k": 2}, "steps": [3, 3, 3], "batch": 4, "lr": 1e-3, "save_every": 4}
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained."""
+    folder, tokenizer = tmp_path_factory.mktemp("speaker"), build_tokenizer(VOCABULARY)
+    save(build_speaker(0, tokenizer), tokenizer, folder, build_image_processor(112, 84))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(speaker: Path) -> Checkpoint:
+    return open_checkpoint(str(speaker), device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def lessons(opened: Checkpoint) -> list[Lesson]:
+    inputs = Inputs(opened)
+    return [lesson(of_problem(TASK.problem("train", index)), voice_of(opened, inputs), inputs) for index in range(4)]
+
+
+def rationale(index: int) -> Any:
+    return of_problem(TASK.problem("train", index))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_file(folder / "model.safetensors"))
+
+
+def test_a_lesson_says_the_dialogue_step_by_step_and_then_the_answer(opened: Checkpoint, lessons: list[Lesson]) -> None:
+    problem, one, say = TASK.problem("train", 2), lessons[2], opened.tokenizer.decode
+    assert problem.oracle is not None and problem.gold is not None
+    assert [say(step) for step in one.steps] == [f"{turn.question} {turn.reply}" for turn in problem.oracle]
+    assert [say([gist]) for gist in one.gists] == [turn.reply for turn in problem.oracle]
+    assert say(one.left(len(one.steps))) == say(one.ending) == f"{problem.choices[problem.gold]} <eos>"
+    assert say(one.left(1)).startswith(problem.oracle[1].question)
+
+
+def test_the_prompt_is_that_of_graph_direct(opened: Checkpoint, lessons: list[Lesson]) -> None:
+    words = opened.tokenizer.decode(lessons[0].asked.ids)
+    assert words.startswith("<bos> <user> <|vision_start|>") and words.endswith("<choice> grey <assistant>")
+    assert lessons[0].asked.ids.count(Inputs(opened).image_token_id or -1) == 12
+
+
+def test_what_is_left_is_padded_on_the_right_where_rows_differ(lessons: list[Lesson]) -> None:
+    ids, valid = left(lessons, [0, 1, 2, 5])
+    assert valid.sum(1).tolist() == [len(one.left(n)) for one, n in zip(lessons, [0, 1, 2, 5], strict=True)]
+    assert ids[3, :2].tolist() == list(lessons[3].ending)
+
+
+def test_stage_zero_is_plain_cross_entropy_on_everything_said(opened: Checkpoint, lessons: list[Lesson]) -> None:
+    one, model = lessons[0], opened.model
+    reasoner = LatentReasoner(model, OURS)
+    lost = internalisation(reasoner, prompts(model, [one.asked]), [one], 0, Objective(), 0)
+    ids = torch.tensor([[*one.asked.ids, *one.left(0)]])
+    kinds = (ids == model.config.image_token_id).int()
+    grids, positions = one.asked.grids, model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=one.asked.grids)[0]
+    out = model(input_ids=ids, pixel_values=one.asked.pixels, image_grid_thw=grids, position_ids=positions, mm_token_type_ids=kinds)
+    start = len(one.asked.ids)
+    wanted = torch.nn.functional.cross_entropy(out.logits[0, start - 1 : -1], ids[0, start:])
+    torch.testing.assert_close(lost.words, wanted, atol=1e-5, rtol=1e-5)
+    assert lost.anchor is None and lost.stop is None
+
+
+def test_a_batch_of_lessons_loses_what_each_loses_alone(opened: Checkpoint, lessons: list[Lesson]) -> None:
+    """Words of all rows are averaged together, so rows count by their length."""
+    reasoner = LatentReasoner(opened.model, dataclasses.replace(OURS, k=2))
+    together = internalisation(reasoner, prompts(opened.model, [one.asked for one in lessons]), lessons, 2, Objective(), 0)
+    alone = [internalisation(reasoner, prompts(opened.model, [one.asked]), [one], 2, Objective(), 0).words for one in lessons]
+    sizes = torch.tensor([float(len(one.left(2))) for one in lessons])
+    torch.testing.assert_close(together.words, (torch.stack(alone) * sizes).sum() / sizes.sum(), atol=1e-5, rtol=1e-5)
+
+
+def gradient(opened: Checkpoint, lessons: list[Lesson], objective: Objective, **settings: Any) -> float:
+    """Of the first state's producer: the prompt's last embedding, which only states see."""
+    model = opened.model.requires_grad_(True)
+    given = prompts(model, [one.asked for one in lessons])
+    embeds = given.embeds.detach().requires_grad_(True)
+    reasoner = LatentReasoner(model, dataclasses.replace(OURS, patches="none", **settings))
+    lost = internalisation(reasoner, dataclasses.replace(given, embeds=embeds), lessons, 3, objective, 0)
+    only = lost.anchor if lost.anchor is not None else lost.words
+    (found,) = torch.autograd.grad(only, embeds)
+    model.requires_grad_(False)
+    return float(found.abs().max())
+
+
+def test_an_anchor_reaches_the_states_that_detached_words_do_not_train(opened: Checkpoint, lessons: list[Lesson]) -> None:
+    model = opened.model.requires_grad_(True)
+    given = prompts(model, [one.asked for one in lessons])
+    reasoner = LatentReasoner(model, dataclasses.replace(OURS, patches="none", gradients="detached"))
+    thoughts = reasoner.think(given, 2)
+    assert thoughts.states.requires_grad and not thoughts.fed.requires_grad
+    lost = internalisation(reasoner, given, lessons, 2, Objective(anchor=1.0), 0)
+    assert lost.anchor is not None
+    torch.testing.assert_close(lost.total(2.0), lost.words + 2 * lost.anchor)
+    model.requires_grad_(False)
+    assert gradient(opened, lessons, Objective(anchor=1.0), gradients="detached") > 0
+
+
+def test_a_learned_stop_thinks_once_a_step_and_asks_every_state_to_go_on(opened: Checkpoint, lessons: list[Lesson]) -> None:
+    think = int(opened.tokenizer.convert_tokens_to_ids("<because>"))
+    objective = Objective(anchor=1.0, think=think)
+    assert objective.latents(lessons, 4) == [2, 3, 4, 4] and Objective().latents(lessons, 4) == [4] * 4
+    reasoner = LatentReasoner(opened.model, dataclasses.replace(OURS, k=1))
+    given = prompts(opened.model, [one.asked for one in lessons])
+    lost = internalisation(reasoner, given, lessons, 4, objective, 0)
+    thoughts = reasoner.think(given, [2, 3, 4, 4])
+    said = reasoner.say(thoughts.states).log_softmax(-1)[..., think]
+    counted = torch.arange(4) < torch.tensor([[2], [3], [4], [4]])
+    assert lost.stop is not None
+    torch.testing.assert_close(lost.stop, -said[counted].mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_that_was_killed_goes_on_bit_for_bit(speaker: Path, tmp_path: Path) -> None:
+    recipe = Latent.read(FAST)
+    whole = internalise(recipe, rationale, voice_of, tmp_path / "whole", source=str(speaker))
+    calls = 0
+
+    def dying(index: int) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 6 * recipe.batch:
+            raise KeyboardInterrupt
+        return rationale(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        internalise(recipe, dying, voice_of, tmp_path / "killed", source=str(speaker))
+    again = internalise(recipe, rationale, voice_of, tmp_path / "killed", source=str(speaker), resume=True)
+    assert again == whole
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "whole" / "curve.jsonl").read_text() == (tmp_path / "killed" / "curve.jsonl").read_text()
+
+
+def test_training_moves_the_language_model_and_leaves_the_tower(speaker: Path, tmp_path: Path) -> None:
+    internalise(Latent.read({**FAST, "steps": [2, 2]}), rationale, voice_of, tmp_path / "out", source=str(speaker))
+    before = {name: value.float() for name, value in weights(speaker).items()}
+    after = weights(tmp_path / "out")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not any("visual" in name for name in moved)
+    habit = Habit.load(tmp_path / "out")
+    assert habit.steps == 1 and habit.mode.k == 2 and habit.think is None
+    with pytest.raises(BackendError, match=r"latent\.json"):
+        Habit.load(speaker)
+
+
+def test_stages_follow_one_another_each_with_its_own_warm_up() -> None:
+    recipe = Latent.read({**FAST, "steps": [30, 40], "warmup": 10})
+    assert [recipe.stage(step) for step in (0, 29, 30, 69)] == [(0, 0), (0, 29), (1, 0), (1, 39)]
+    assert recipe.rate(0) == recipe.rate(30) == pytest.approx(0.1) and recipe.rate(69) < 0.05 < recipe.rate(45)
+
+
+def test_every_rationale_comes_once_before_any_comes_again() -> None:
+    place = endless(5, 3)
+    first, second = [place(index) for index in range(5)], [place(index) for index in range(5, 10)]
+    assert sorted(first) == sorted(second) == list(range(5)) and first != second
+    assert [place(index) for index in range(5)] == first
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"run": "runs/x"}, "either a run or a task"),
+        ({"stop": "learned"}, "needs a word"),
+        ({"settings": {"order": "sideways"}}, "sideways"),
+        ({"settings": {"kk": 2}}, "kk"),
+        ({"steps": []}, "steps"),
+    ],
+)
+def test_a_recipe_that_contradicts_itself_is_refused(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        Latent.read({**FAST, **change})
+
+
+def test_a_word_that_is_not_one_token_cannot_mean_go_on(speaker: Path, tmp_path: Path) -> None:
+    recipe = Latent.read({**FAST, "stop": "learned", "think": "what follows"})
+    with pytest.raises(RecipeError, match="one token"):
+        internalise(recipe, rationale, voice_of, tmp_path, source=str(speaker))
+
+
+def test_a_logged_dialogue_is_the_same_rationale_as_its_oracles_program(speaker: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["play", "--task", "hops", "--split", "train", "--n", "4", "--backend", "scripted", "--out", str(run)]
+    assert main(words) == 0
+    logged = sorted(of_run(RunReader(run)), key=lambda one: one.question)
+    for found, problem in zip(logged, sorted(TASK.problems("train", 4), key=lambda one: one.question), strict=True):
+        wanted = of_problem(problem)
+        assert (found.question, found.choices, found.steps, found.answer) == (wanted.question, wanted.choices, wanted.steps, wanted.answer)
+        assert found.pictures[0]().tobytes() == wanted.pictures[0]().tobytes()
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'run = "{run}"\nsettings = {{ k = 2 }}\nsteps = [2, 2]\nbatch = 2\nlr = 1e-3\n')
+    assert main(["train", "latent", str(recipe), "--start", str(speaker), "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "latent.json").read_text())["steps"] == 1

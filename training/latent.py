@@ -1,0 +1,307 @@
+"""``monologue train latent``: a checkpoint that says its reasoning becomes one that thinks it, stage by stage (``internalise``).
+
+Rationales come from the dialogues of a logged run, from the oracle monologues of a generated task, or from a corpus on disk. Batches are a
+function of (seed, step) alone, so a training that was killed goes on from its last checkpoint as if nothing had happened, bit for bit on
+a CPU. The optimizer is that of the other trainers; each stage has a warm-up and a cosine of its own.
+
+The result is a checkpoint folder like any other with ``latent.json`` beside it, which says how it is to think; without the file it would be
+an ordinary policy that answers badly.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from monologue.backends.checkpoints import Checkpoint, open_checkpoint, save_checkpoint, take_weights
+from monologue.backends.inputs import Inputs
+from monologue.backends.latent import Habit
+from monologue.backends.perception.ivtlr import LatentReasoner
+from monologue.backends.perception.modes import MODES, Mode
+from monologue.backends.perception.prompts import Prompts, prompts
+from monologue.training.internalise import Lesson, Objective, Voice, internalisation, lesson
+from monologue.training.loop import StreamTrainer, arguments
+from monologue.training.rationales import Rationale
+from monologue.training.recipe import RecipeError, follow
+from monologue.training.reinforce import latest
+
+STATE = "trainer"
+CURVE = "curve.jsonl"
+Embed = Callable[[Any, Sequence[Lesson]], Prompts]
+
+
+class Latent(BaseModel):
+    """A recipe of this stage."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    policy: Literal["latent"] = "latent"
+    """The stage."""
+    run: str = ""
+    """Folder of a run whose dialogues are the rationales; or"""
+    task: str = ""
+    """a task whose problems bring them: hops, shapes, scienceqa, m3cot;"""
+    folder: str = ""
+    """where the files of scienceqa and m3cot lie."""
+    families: str = ""
+    """Of the task, separated by commas; empty: all."""
+    model: str = "starter"
+    """Checkpoint to begin with: a folder, a Hub name, or ``starter``."""
+    mode: Literal["ours", "paper", "reference"] = "ours"
+    """How a latent step is made (``backends.perception.modes``)."""
+    settings: dict[str, Any] = {}
+    """Fields of the mode to be set otherwise, e.g. ``{k = 2, gradients = "detached", bottleneck = "question"}``."""
+    anchor: float = Field(0.0, ge=0)
+    """Weight of the anchor loss."""
+    stop: Literal["fixed", "learned"] = "fixed"
+    """Number of latent steps."""
+    think: str = ""
+    """With a learned stop: the word that says "not finished", one token of the tokenizer that is otherwise never said."""
+    steps: list[int] = Field([600, 400, 400, 400], min_length=1)
+    """Optimizer steps of each stage; the first is the explicit one, so there is a latent step less than entries."""
+    batch: int = Field(16, ge=1)
+    """Rationales a step."""
+    lr: float = Field(4e-5, gt=0)
+    """Peak learning rate of AdamW."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Of AdamW."""
+    clip: float = Field(1.0, gt=0)
+    """Largest norm of a gradient."""
+    warmup: int = Field(20, ge=1)
+    """Steps of each stage over which the learning rate rises."""
+    floor: float = Field(0.02, ge=0, le=1)
+    """Share of the learning rate at a stage's end."""
+    frozen: list[str] = ["visual", "vision_tower"]
+    """Parameters with one of these in their name are not trained."""
+    save_every: int = Field(200, ge=1)
+    """Steps between checkpoints of the training."""
+    seed: int = 0
+    """Of the order of rationales."""
+
+    @classmethod
+    def read(cls, recipe: dict[str, Any]) -> Latent:
+        """Raises RecipeError that names the keys at fault."""
+        found = follow(cls, recipe, "latent")
+        if bool(found.run) == bool(found.task):
+            raise RecipeError(f"expected either a run or a task to take rationales from, got run={found.run!r} and task={found.task!r}")
+        if (found.stop == "learned") != bool(found.think):
+            raise RecipeError(f"stop='learned' needs a word 'think' to go on with, and only then, got {found.stop!r} with {found.think!r}")
+        if min(found.steps) < 1:
+            raise RecipeError(f"every stage needs at least one step, got {found.steps!r}")
+        found.as_mode()
+        return found
+
+    @property
+    def latents(self) -> int:
+        """Latent steps in the last stage."""
+        return len(self.steps) - 1
+
+    def as_mode(self) -> Mode:
+        """How a latent step is made. Raises RecipeError."""
+        try:
+            base = MODES[self.mode]
+            return Mode(**{**{name: getattr(base, name) for name in base.__dataclass_fields__}, **self.settings})
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"the settings do not make a mode: {error}") from error
+
+    def stage(self, step: int) -> tuple[int, int]:
+        """The stage that a step belongs to, and its number in it."""
+        ends = list(itertools.accumulate(self.steps))
+        stage = min(bisect_right(ends, step), self.latents)
+        return stage, step - (ends[stage] - self.steps[stage])
+
+    def rate(self, step: int) -> float:
+        """Share of the peak learning rate: linear warm-up, then a cosine, anew in each stage."""
+        stage, at = self.stage(step)
+        cosine = 0.5 * (1 + math.cos(math.pi * at / self.steps[stage]))
+        return min(1.0, (at + 1) / self.warmup) * (self.floor + (1 - self.floor) * cosine)
+
+
+def think_id(recipe: Latent, tokenizer: Any) -> int | None:
+    """The word that says "not finished". Raises RecipeError where it is not one token."""
+    if recipe.stop == "fixed":
+        return None
+    found = tokenizer.encode(recipe.think, add_special_tokens=False)
+    if len(found) != 1 or found[0] == tokenizer.unk_token_id:
+        raise RecipeError(f"expected 'think' to be one token of the model's tokenizer, got {recipe.think!r}, which is {len(found)} or unknown")
+    return int(found[0])
+
+
+def endless(count: int, seed: int) -> Callable[[int], int]:
+    """Place in a list of ``count`` for the i-th example of a training: every one once before any comes again, each time in another order."""
+    orders: dict[int, list[int]] = {}
+
+    def place(index: int) -> int:
+        pass_, at = divmod(index, count)
+        if pass_ not in orders:
+            orders.clear()
+            orders[pass_] = random.Random(f"internalise/{seed}/{pass_}").sample(range(count), count)
+        return orders[pass_][at]
+
+    return place
+
+
+def internalise(
+    recipe: Latent,
+    rationale: Callable[[int], Rationale],
+    voice: Callable[[Checkpoint, Inputs], Voice],
+    out: str | Path,
+    *,
+    source: str | Checkpoint | None = None,
+    resume: bool = False,
+    embed: Embed | None = None,
+    after: Callable[[int, Any], dict[str, Any]] | None = None,
+    **more: Any,
+) -> list[dict[str, Any]]:
+    """Trains the recipe's model into ``out`` on the rationales 0, 1, 2, ...; returns the lines of its curve.
+
+    ``embed`` stands in for ``prompts`` where pictures were looked at before. ``after(stage, model)`` examines the model at each stage's end.
+    ``more`` are further ``TrainingArguments``. Raises RecipeError, RunError, BackendError, PictureError, RequestRefused.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(str(source or recipe.model), device="cpu", dtype=torch.float32)
+    inputs = Inputs(checkpoint)
+    training = _Training(recipe, rationale, checkpoint, inputs, voice(checkpoint, inputs), Path(out), embed, after)
+    return training.run(latest(Path(out) / STATE) if resume else None, more)
+
+
+class _Training:
+    """One training."""
+
+    def __init__(
+        self,
+        recipe: Latent,
+        rationale: Callable[[int], Rationale],
+        checkpoint: Checkpoint,
+        inputs: Inputs,
+        voice: Voice,
+        out: Path,
+        embed: Embed | None,
+        after: Callable[[int, Any], dict[str, Any]] | None,
+    ) -> None:
+        self.recipe, self.rationale, self.checkpoint, self.inputs, self.voice = recipe, rationale, checkpoint, inputs, voice
+        self.out, self.after = out, after
+        self.embed = embed or (lambda model, lessons: prompts(model, [one.asked for one in lessons]))
+        self.objective = Objective(recipe.anchor, think_id(recipe, checkpoint.tokenizer), inputs.banned)
+        self.model = _Learner(checkpoint, recipe.frozen)
+        self.reasoner = LatentReasoner(checkpoint.model, recipe.as_mode())
+        self.lines: list[dict[str, Any]] = []
+
+    def run(self, start: Path | None, more: dict[str, Any]) -> list[dict[str, Any]]:
+        recipe = self.recipe
+        own = {
+            "weight_decay": recipe.weight_decay,
+            "max_grad_norm": recipe.clip,
+            "adam_beta2": 0.98,
+            "ignore_data_skip": True,
+            "logging_strategy": "no",
+            "save_strategy": "steps",
+            "save_steps": recipe.save_every,
+            "save_total_limit": 1,
+            "disable_tqdm": True,
+        }
+        settings = arguments(self.out / STATE, steps=sum(recipe.steps), batch=1, lr=recipe.lr, seed=recipe.seed, **{**own, **more})
+        groups = [{"params": self.model.trained, "lr": recipe.lr}]
+        self.trainer = _StagedTrainer(recipe, self.model, groups, self, self.loss, settings, callbacks=[_Ended(self)])
+        done = 0 if start is None else int(json.loads((start / "trainer_state.json").read_text())["global_step"])
+        self._reopen(done)
+        self.trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        self.model.save(self.out)
+        habit = Habit(self.recipe.as_mode(), recipe.latents, self.objective.think)
+        habit.save(self.out)
+        return self.lines
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        size = self.recipe.batch
+        for step in range(self.trainer.state.global_step, sum(self.recipe.steps)):
+            found = [lesson(self.rationale(index), self.voice, self.inputs) for index in range(step * size, (step + 1) * size)]
+            yield {"micro": (step, found), "first": True}
+
+    def loss(self, model: Any, micro: tuple[int, list[Lesson]]) -> Tensor:
+        step, lessons = micro
+        given = self.embed(self.checkpoint.model, lessons)
+        seed = self.recipe.seed * 1_000_003 + step
+        lost = internalisation(self.reasoner, given, lessons, self.recipe.stage(step)[0], self.objective, seed)
+        self.facts = {
+            name: round(float(part.detach()), 5)
+            for name, part in (("words", lost.words), ("anchor", lost.anchor), ("stop", lost.stop))
+            if part is not None
+        }
+        return lost.total(self.recipe.anchor)
+
+    def ended(self, step: int) -> None:
+        """A step was taken; step is its number from 1."""
+        stage, at = self.recipe.stage(step - 1)
+        last = at + 1 == self.recipe.steps[stage]
+        if last or (at + 1) % 20 == 0:
+            line = {"step": step, "stage": f"{stage} latent", "at": at + 1, **self.facts}
+            if last and self.after is not None:
+                line |= self.after(stage, self.checkpoint.model)
+            self.lines.append(line)
+            with (self.out / CURVE).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _reopen(self, done: int) -> None:
+        """The curve so far, without what will be repeated."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        file = self.out / CURVE
+        text = file.read_text() if done and file.is_file() else ""
+        self.lines = [line for one in text.splitlines(keepends=True) if one.endswith("\n") and (line := json.loads(one))["step"] <= done]
+        file.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+
+
+class _Learner(nn.Module):
+    """The model under training, in evaluation mode: no dropout."""
+
+    def __init__(self, checkpoint: Checkpoint, frozen: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self._checkpoint = checkpoint.model, checkpoint
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(not any(part in name for part in frozen))
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [one for one in self.model.parameters() if one.requires_grad]
+
+    def train(self, mode: bool = True) -> _Learner:
+        super().train(False)
+        return self
+
+    def save(self, folder: Path) -> None:
+        save_checkpoint(self._checkpoint, folder)
+
+    def load(self, folder: Path) -> None:
+        take_weights(self.model, str(folder))
+
+
+class _StagedTrainer(StreamTrainer):
+    """With the recipe's learning rates."""
+
+    def __init__(self, recipe: Latent, *rest: Any, **options: Any) -> None:
+        super().__init__(*rest, **options)
+        self._recipe = recipe
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self._recipe.rate)
+        return self.lr_scheduler
+
+
+class _Ended(TrainerCallback):
+    """Tells a training when a step was taken, before a checkpoint is."""
+
+    def __init__(self, training: _Training) -> None:
+        self._training = training
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._training.ended(state.global_step)
