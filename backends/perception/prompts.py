@@ -85,15 +85,17 @@ def prompts(model: Any, asked: Sequence[Asked]) -> Prompts:
 
 
 def positions(model: Any, one: Asked) -> Tensor:
-    """(P, L) of a prompt: the model's own rotary index where it has one, else 0, 1, 2."""
+    """(P, L) of a prompt: the model's own rotary index where it has one, else 0, 1, 2. Raises RequestRefused."""
     if one.positions is not None:
         return one.positions
     if not hasattr(model.model, "get_rope_index"):
         return torch.arange(len(one.ids)).unsqueeze(0)
     if one.grids is None:
         return torch.arange(len(one.ids)).expand(3, -1)
-    placeholder = model.config.image_token_id
-    spots = tuple(place for place, token in enumerate(one.ids) if token == placeholder)
+    spots = tuple(place for place, token in enumerate(one.ids) if token == model.config.image_token_id)
+    room = int(one.grids.prod(1).sum()) // model.config.vision_config.spatial_merge_size**2
+    if len(spots) != room:
+        raise RequestRefused(f"expected {room} placeholders for pictures of {one.grids.tolist()} patches, got {len(spots)}")
     return rope(model, len(one.ids), spots, tuple(map(tuple, one.grids.tolist())))
 
 
