@@ -247,4 +247,5 @@ class HFBackend:
         pixels = self._inputs.pixels([picture.image for picture in prompt.pictures])[0] if images and read is None else None
         limit = self._limit(prompt, job.sampling)
         fresh = grids if read is None else None
-        return Lane(ids, self._inputs.positions(ids, grids), pixels, fresh, job.sampling, limit, affinity=stream, pictures=shown, read=read)
+        more: dict[str, Any] = {"affinity": stream, "pictures": shown, "read": read, "chosen": prompt.chosen}
+        return Lane(ids, self._inputs.positions(ids, grids), pixels, fresh, job.sampling, limit, **more)

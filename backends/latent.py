@@ -1,8 +1,8 @@
 """The in-process engine's other way to answer: latent steps first (``perception.ivtlr``), then words, sampled as ever.
 
 ``Habit`` is how a checkpoint was taught to think; it lies beside the weights as ``latent.json``. ``Thinker`` stands in for the engine's
-``Decoder``, so batching, sampling, log-probs and replay are those of every other policy: thoughts follow from prompt and pictures alone, so a
-recorded call is scored by thinking again.
+``Decoder``, so batching, sampling, log-probs and replay are those of every other policy: thoughts follow from prompt, pictures and chosen
+patches, so a recorded call is scored by thinking again.
 
 A thinker never takes up what an earlier call of its stream has read: the thoughts between would be missing. It reads the whole prompt and
 thinks anew, which is what training did. Lanes that are done stay in their batch until all are, since answers after thoughts are short.
@@ -26,7 +26,6 @@ from monologue.backends.decoding import Lane
 from monologue.backends.perception.ivtlr import LatentReasoner, Thoughts
 from monologue.backends.perception.modes import Mode
 from monologue.backends.perception.prompts import Asked, prompts
-from monologue.backends.perception.reading import text
 from monologue.backends.sampling import draw, log_distribution
 
 FILE = "latent.json"
@@ -85,16 +84,16 @@ class Thinker:
         thoughts = self._think(lanes)
         for lane, told in zip(lanes, self._told(thoughts), strict=True):
             lane.thoughts = told
-        hidden, following = thoughts.last, thoughts.following  # (B, D), (B,)
-        going = torch.ones(len(lanes), dtype=torch.bool)
+        logits = self._reasoner.say(thoughts.last)  # (B, V)
+        going = torch.ones(len(lanes), dtype=torch.bool, device=logits.device)
         while True:
-            self._sample(lanes, hidden, going)
+            self._sample(lanes, logits, going)
             yield from [lane for lane, on in zip(lanes, going.tolist(), strict=True) if on and lane.done]
-            going = torch.tensor([not lane.done and not dropped(lane) for lane in lanes])
+            going = torch.tensor([not lane.done and not dropped(lane) for lane in lanes], device=logits.device)
             if not bool(going.any()):
                 return
-            said = torch.tensor([[lane.sampled[-1]] for lane in lanes], device=hidden.device)
-            hidden, following = self._read(thoughts, said, going, following)
+            said = torch.tensor([lane.sampled[-1] for lane in lanes], device=going.device)
+            logits = self._reasoner.hear(thoughts, said, going)
 
     @torch.inference_mode()
     def score(self, lanes: list[Lane], counts: list[int]) -> list[tuple[float, ...]]:
@@ -113,10 +112,17 @@ class Thinker:
 
     def _think(self, lanes: list[Lane], ids: Sequence[tuple[int, ...]] | None = None) -> Thoughts:
         starts = [lane.ids for lane in lanes] if ids is None else ids
-        asked = [
-            Asked(start, lane.pixels, lane.grids, lane.positions[:, : len(start)]) for lane, start in zip(lanes, starts, strict=True)
-        ]
-        return self._reasoner.think(prompts(self._model, asked), self._habit.steps, halt=self._habit.halt(self._reasoner))
+        asked = [Asked(start, lane.pixels, lane.grids, lane.positions[:, : len(start)]) for lane, start in zip(lanes, starts, strict=True)]
+        given, halt = prompts(self._model, asked), self._habit.halt(self._reasoner)
+        return self._reasoner.think(given, self._habit.steps, halt=halt, chosen=self._forced(lanes))
+
+    def _forced(self, lanes: list[Lane]) -> Tensor | None:
+        """(B, n, K) patches as they were chosen, where all lanes say so: a near-tie may fall otherwise in another batch."""
+        if not all(lane.chosen for lane in lanes):
+            return None
+        k, most = self._habit.mode.k, self._habit.steps
+        lines = [[[*step, *[-1] * k][:k] for step in (*lane.chosen, *[()] * most)][:most] for lane in lanes]
+        return torch.tensor(lines, device=self._model.device)
 
     def _told(self, thoughts: Thoughts) -> list[tuple[Thought, ...]]:
         """Each lane's latent steps as plain values."""
@@ -135,9 +141,9 @@ class Thinker:
             for lane, count in enumerate(thoughts.steps.tolist())
         ]
 
-    def _sample(self, lanes: list[Lane], hidden: Tensor, going: Tensor) -> None:
+    def _sample(self, lanes: list[Lane], logits: Tensor, going: Tensor) -> None:
         samplings = [lane.sampling for lane in lanes]
-        log_probs = log_distribution(self._reasoner.say(hidden), samplings, self._banned)  # (B, V)
+        log_probs = log_distribution(logits, samplings, self._banned)  # (B, V)
         tokens = draw(log_probs, samplings, [lane.dice.random() for lane in lanes])
         values = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist()
         entropies = torch.special.entr(log_probs.exp()).sum(-1).tolist()
@@ -146,11 +152,3 @@ class Thinker:
                 lane.sampled.append(int(tokens[place]))
                 lane.logprobs.append(values[place])
                 lane.entropies.append(entropies[place])
-
-    def _read(self, thoughts: Thoughts, said: Tensor, going: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, D) after one more word (B, 1) of the lanes that go on."""
-        valid = going.to(said.device)[:, None]
-        places = following[:, None].expand(thoughts.reader.axes, -1, -1)  # (P, B, 1)
-        embeds = self._model.get_input_embeddings()(said)
-        block = text(embeds, valid, places, blind=self._habit.mode.bottleneck != "off")
-        return thoughts.reader.read(block)[0][:, -1], following + valid[:, 0]

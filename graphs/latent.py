@@ -3,9 +3,9 @@
     START -> think -> END                       sure of its answer
              think -> ask -> answer -> ask ...   unsure, or its reply was no answer: the monologue, as ever
 
-Sure means that the probability of the whole answer, as it was sampled, is at least ``percent`` per cent; 0 trusts every answer and needs the
-other two seats for faults only, 101 trusts none. The thinker's latent steps stand as events on its span. Its calls are not trainable from
-traces: states between prompt and reply are no ids that a row could hold (``monologue train latent`` teaches thinkers).
+Sure means that the probability of the whole answer, as it was sampled, is at least ``percent`` per cent; 0 trusts every answer and needs
+the other two seats for faults only, 101 trusts none. The thinker's latent steps stand as events on its span. Its calls are not trainable
+from traces: states between prompt and reply are no ids that a row could hold (``monologue train latent`` teaches thinkers).
 """
 
 from __future__ import annotations

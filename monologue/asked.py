@@ -11,8 +11,10 @@ from pathlib import Path
 from monologue.usage import UsageError
 
 DEFAULTS = {"split": "test", "temperature": 0.0, "top_p": 1.0, "max_tokens": 64}
+GRAPHS = "blind,direct,monologue"
+"""What ``monologue eval`` plays unless told otherwise."""
 OWN = ("image", "question", "choices")
-ROLES = ("questioner", "answerer")
+ROLES = ("questioner", "answerer", "thinker")
 
 
 def settle(options: argparse.Namespace, n: int) -> None:
@@ -32,6 +34,22 @@ def settle(options: argparse.Namespace, n: int) -> None:
     if getattr(options, "samples", 1) > 1 and options.temperature == 0 and options.backend != "scripted":
         told = f"--samples {options.samples} at temperature 0 plays one episode {options.samples} times; --temperature 1 makes them differ"
         print(f"monologue: {told}", file=sys.stderr)
+
+
+def settle_latent(options: argparse.Namespace) -> None:
+    """The same for ``monologue eval latent``, which plays no graph. Raises UsageError."""
+    why = "eval latent examines the latent steps of --thinker and plays no graph"
+    _refuse(options, ("temperature", "top_p", "max_tokens", "control", "out"), why)
+    others = [role for role in ROLES if role != "thinker" and getattr(options, role) != "starter"]
+    _refuse(options, tuple(others), why)
+    if options.graph != GRAPHS:
+        raise UsageError(f"{why}, so --graph cannot be honoured; leave that out")
+    if options.backend != "transformers" or options.processes != 1:
+        raise UsageError("eval latent takes latent steps in this process; leave --backend and --processes out")
+    if options.task == "shapes" and options.thinker == "starter":
+        raise UsageError("the shipped thinker knows the world of hops; add --task hops, or name another --thinker")
+    if options.n is not None and options.n < 2:
+        raise UsageError(f"--n must be at least 2, since controls exchange thoughts between problems, got {options.n}")
 
 
 def own_problem_asked(options: argparse.Namespace) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from monologue import commands, exports, serving, stages, viewing
+from monologue.asked import GRAPHS
 from monologue.version import __version__
 
 STAGES = ("starter", "imitate", "reinforce", "latent")
@@ -72,7 +73,9 @@ def _seats(command: argparse.ArgumentParser) -> None:
 def _play(command: argparse.ArgumentParser) -> None:
     command.add_argument("--task", default="shapes", choices=sorted(commands.TASKS))
     command.add_argument("--split", help="default: test")
-    command.add_argument("--graph", default="monologue", metavar="GRAPH", help="e.g. monologue, monologue:looks=2, latent, direct, caption, blind")
+    command.add_argument(
+        "--graph", default="monologue", metavar="GRAPH", help="e.g. monologue, monologue:looks=2, latent, direct, caption, blind"
+    )
     command.add_argument("--n", type=int, help="problems (default: 20)")
     command.add_argument("--families", metavar="NAMES", help="question families of shapes or hops, separated by commas (default: all)")
     command.add_argument("--samples", type=int, default=1, help="episodes per problem")
@@ -93,9 +96,17 @@ def _play(command: argparse.ArgumentParser) -> None:
 
 
 def _eval(command: argparse.ArgumentParser) -> None:
+    command.add_argument("what", nargs="?", choices=("graphs", "latent"), default="graphs", help="latent: are a thinker's thoughts used?")
+    command.add_argument(
+        "--controls",
+        nargs="?",
+        const="all",
+        metavar="NAMES",
+        help="latent: answer again with the latent steps interfered with (default: all controls), probe them, count needed patches",
+    )
     command.add_argument("--task", default="shapes", choices=sorted(commands.TASKS))
     command.add_argument("--split", help="default: test")
-    command.add_argument("--graph", default="blind,direct,monologue", metavar="GRAPHS", help="names separated by commas")
+    command.add_argument("--graph", default=GRAPHS, metavar="GRAPHS", help="names separated by commas")
     command.add_argument("--n", type=int, help="problems (default: 1000)")
     command.add_argument("--families", metavar="NAMES", help="question families separated by commas (default: all)")
     command.add_argument("--json", type=Path, metavar="FILE")

@@ -161,7 +161,13 @@ def warn_of_uploads() -> None:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Plays several graphs on the same problems and prints one table."""
+    """Plays several graphs on the same problems and prints one table; or examines what a thinker's thoughts do."""
+    if options.what == "latent":
+        from monologue.interference import evaluate_latent
+
+        return evaluate_latent(options)
+    if options.controls:
+        raise UsageError("--controls examines latent steps: monologue eval latent --controls; for graphs there is --control")
     from monologue.evaluation import evaluate_graphs
 
     warn_of_uploads()

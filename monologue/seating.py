@@ -35,9 +35,11 @@ from monologue.version import __version__
 
 
 def starter(role: str, graph: str = "monologue", task: str = "shapes") -> Path:
-    """The shipped checkpoint of a seat. In the world of hops one policy takes every seat; in the others ``direct`` has a rival of its own."""
-    if task == "hops":
-        return STARTERS / "thinker"
+    """The shipped checkpoint of a seat. ``direct`` has a rival of its own; in the world of hops one policy speaks in every seat, and the
+    thinker was taught by it.
+    """
+    if task == "hops" or role == "thinker":
+        return STARTERS / ("thinker" if role == "thinker" else "speaker")
     return STARTERS / ("direct" if graph == "direct" and role == "answerer" else role)
 
 

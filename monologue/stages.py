@@ -83,11 +83,14 @@ def train_reinforce(options: argparse.Namespace) -> int:
 
 def train_latent(options: argparse.Namespace) -> int:
     """Progressive internalisation."""
+    import torch
+
+    from monologue.backends.checkpoints import open_checkpoint
     from monologue.commands import named_task
     from monologue.seating import starter
     from monologue.training.latent import Latent, internalise
     from monologue.training.recipe import override, read_recipe
-    from monologue.voices import rationales_of, voice_of
+    from monologue.voices import lessons_of
 
     recipe = Latent.read(override(read_recipe(options.recipe), options.set, Latent.model_fields))
     if options.dry_run:
@@ -96,7 +99,8 @@ def train_latent(options: argparse.Namespace) -> int:
     source = str(options.start or recipe.model)
     source = str(starter("questioner", task="hops")) if source == "starter" else source
     out = options.out or Path("runs") / "latent"
-    lines = internalise(recipe, rationales_of(recipe, named_task), voice_of, out, source=source, resume=options.resume)
+    checkpoint = open_checkpoint(source, device="cpu", dtype=torch.float32)
+    lines = internalise(recipe, checkpoint, lessons_of(recipe, checkpoint, named_task), out, resume=options.resume)
     ends = [line for line in lines if line["at"] == recipe.steps[int(line["stage"].split()[0])]]
     table(["stage", "steps", "loss of words"], [[line["stage"], str(line["at"]), f"{line['words']:.4f}"] for line in ends])
     print(f"play:  monologue play --graph latent --thinker {out}")

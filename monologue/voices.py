@@ -1,7 +1,7 @@
 """Rationales in the words of a checkpoint's own codec, for those who train without knowing agents or tasks.
 
-The prompt is that of graph ``direct`` (and ``latent``): picture, question, choices. Steps and answer are plain replies one after another, as
-they would stand in a policy's mouth.
+The prompt is that of graphs ``direct`` and ``latent``: picture, question, choices. Steps and answer are plain replies one after another,
+as they would stand in a policy's mouth.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from monologue.tasks.base import Problem, Task
 from monologue.tasks.corpora import CORPORA, Corpus
 from monologue.traces.images import Picture, decode
 from monologue.traces.store import RunReader
+from monologue.training.internalise import Lesson, lesson
 from monologue.training.latent import Latent, endless
 from monologue.training.rationales import Rationale, RationaleError, of_problem, of_run
 from monologue.training.recipe import RecipeError
@@ -51,6 +52,13 @@ def voice_of(checkpoint: Checkpoint, inputs: Inputs) -> CodecVoice:
     return CodecVoice(codec_for(checkpoint.tokenizer, inputs))
 
 
+def lessons_of(recipe: Latent, checkpoint: Checkpoint, named: Callable[[str, str | None], Task]) -> Callable[[int], Lesson]:
+    """The i-th lesson of a training for one checkpoint. Raises RecipeError, RunError, TaskError, CodecError."""
+    inputs, rationale = Inputs(checkpoint), rationales_of(recipe, named)
+    voice = voice_of(checkpoint, inputs)
+    return lambda index: lesson(rationale(index), voice, inputs)
+
+
 def rationales_of(recipe: Latent, named: Callable[[str, str | None], Task]) -> Callable[[int], Rationale]:
     """The i-th rationale of a training, from the recipe's run, task or corpus. Raises RecipeError, RunError, TaskError."""
     if recipe.run:
@@ -62,7 +70,9 @@ def rationales_of(recipe: Latent, named: Callable[[str, str | None], Task]) -> C
         task = named(recipe.task, recipe.families or None)
         return lambda index: of_problem(_problem(task, index, recipe.seed))
     if not found:
-        raise RecipeError(f"{recipe.run or recipe.task!r} holds nothing to internalise: no dialogue that looked and ended in the right answer")
+        raise RecipeError(
+            f"{recipe.run or recipe.task!r} holds nothing to internalise: no dialogue that looked and ended in the right answer"
+        )
     place = endless(len(found), recipe.seed)
     return lambda index: found[place(index)]
 

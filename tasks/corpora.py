@@ -3,10 +3,10 @@
     ScienceQA   derek-thomas/ScienceQA: question, choices, answer (index), image, lecture, solution, subject, topic ...
     M3CoT       LightChen2333/M3CoT: id, question, choices, answer (letter), image, rationale, domain, topic ...
 
-A folder holds ``SPLIT*.jsonl`` or ``SPLIT*.parquet`` (the latter needs the package ``datasets``). A picture is what ``datasets`` makes of one:
-``{"bytes": ..., "path": ...}``; in JSON lines the bytes are base64, or a path stands alone, relative to the folder. Items without a picture
-are left out, as IVT-LR leaves them out. A rationale stands in ``Problem.explanation``, cut into ``Problem.extra["steps"]`` by the rule of the
-IVT-LR paper's release (``split_rationale``).
+A folder holds ``SPLIT*.jsonl`` or ``SPLIT*.parquet`` (the latter needs the package ``datasets``). A picture is what ``datasets`` makes of
+one: ``{"bytes": ..., "path": ...}``; in JSON lines the bytes are base64, or a path stands alone, relative to the folder. Items without a
+picture are left out, as IVT-LR leaves them out. A rationale stands in ``Problem.explanation``, cut into ``Problem.extra["steps"]`` by the
+rule of the IVT-LR paper's release (``split_rationale``).
 
 How a picture is decoded is the caller's business (``decode``: bytes and a name in, RGB picture out), since limits on strangers' files are
 kept in one place, ``monologue.traces.images``, which this room does not know.
@@ -34,7 +34,7 @@ Decode = Callable[[bytes, str], Image.Image]
 
 def split_rationale(text: str, most: int = MOST_STEPS) -> tuple[str, ...]:
     """A rationale in at most ``most`` steps, as IVT-LR's release does it: newlines become spaces, sentences end at ``". "``, an empty tail
-    is dropped, and more than ``most`` sentences are joined again into that many contiguous groups of near-equal count, the first ones longer.
+    is dropped, and more than ``most`` sentences are joined again into that many contiguous groups of near-equal count, the first longer.
     """
     pieces = text.replace("\n", " ").strip().split(". ")
     if pieces[-1] == "":

@@ -17,15 +17,16 @@ from monologue.backends.perception.ivtlr import LatentReasoner
 from monologue.backends.perception.modes import OURS
 from monologue.backends.perception.prompts import prompts
 from monologue.cli import main
+from monologue.commands import named_task
 from monologue.tasks.hops import VOCABULARY, Hops
+from monologue.traces.store import RunReader
 from monologue.training.internalise import Lesson, Objective, internalisation, left, lesson
 from monologue.training.latent import Latent, endless, internalise
 from monologue.training.rationales import of_problem, of_run
 from monologue.training.recipe import RecipeError
 from monologue.training.starter.make import save
 from monologue.training.starter.models import build_image_processor, build_speaker, build_tokenizer
-from monologue.traces.store import RunReader
-from monologue.voices import voice_of
+from monologue.voices import lessons_of, voice_of
 
 TASK = Hops()
 FAST: dict[str, Any] = {"task": "hops", "settings": {"k": 2}, "steps": [3, 3, 3], "batch": 4, "lr": 1e-3, "save_every": 4}
@@ -50,8 +51,20 @@ def lessons(opened: Checkpoint) -> list[Lesson]:
     return [lesson(of_problem(TASK.problem("train", index)), voice_of(opened, inputs), inputs) for index in range(4)]
 
 
-def rationale(index: int) -> Any:
-    return of_problem(TASK.problem("train", index))
+def trained(recipe: Latent, speaker: Path, out: Path, dies_after: int | None = None, **more: Any) -> list[dict[str, Any]]:
+    """A training on the oracle's monologues; ``dies_after`` so many lessons."""
+    checkpoint = open_checkpoint(str(speaker), device="cpu", dtype=torch.float32)
+    whole = lessons_of(recipe, checkpoint, named_task)
+    given = 0
+
+    def dying(index: int) -> Lesson:
+        nonlocal given
+        given += 1
+        if dies_after is not None and given > dies_after:
+            raise KeyboardInterrupt
+        return whole(index)
+
+    return internalise(recipe, checkpoint, dying, out, **more)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -144,27 +157,17 @@ def test_a_learned_stop_thinks_once_a_step_and_asks_every_state_to_go_on(opened:
 
 def test_a_run_that_was_killed_goes_on_bit_for_bit(speaker: Path, tmp_path: Path) -> None:
     recipe = Latent.read(FAST)
-    whole = internalise(recipe, rationale, voice_of, tmp_path / "whole", source=str(speaker))
-    calls = 0
-
-    def dying(index: int) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > 6 * recipe.batch:
-            raise KeyboardInterrupt
-        return rationale(index)
-
+    whole = trained(recipe, speaker, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        internalise(recipe, dying, voice_of, tmp_path / "killed", source=str(speaker))
-    again = internalise(recipe, rationale, voice_of, tmp_path / "killed", source=str(speaker), resume=True)
-    assert again == whole
+        trained(recipe, speaker, tmp_path / "killed", dies_after=6 * recipe.batch)
+    assert trained(recipe, speaker, tmp_path / "killed", resume=True) == whole
     first, second = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (tmp_path / "whole" / "curve.jsonl").read_text() == (tmp_path / "killed" / "curve.jsonl").read_text()
 
 
 def test_training_moves_the_language_model_and_leaves_the_tower(speaker: Path, tmp_path: Path) -> None:
-    internalise(Latent.read({**FAST, "steps": [2, 2]}), rationale, voice_of, tmp_path / "out", source=str(speaker))
+    trained(Latent.read({**FAST, "steps": [2, 2]}), speaker, tmp_path / "out")
     before = {name: value.float() for name, value in weights(speaker).items()}
     after = weights(tmp_path / "out")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -206,7 +209,7 @@ def test_a_recipe_that_contradicts_itself_is_refused(change: dict[str, Any], tol
 def test_a_word_that_is_not_one_token_cannot_mean_go_on(speaker: Path, tmp_path: Path) -> None:
     recipe = Latent.read({**FAST, "stop": "learned", "think": "what follows"})
     with pytest.raises(RecipeError, match="one token"):
-        internalise(recipe, rationale, voice_of, tmp_path, source=str(speaker))
+        trained(recipe, speaker, tmp_path)
 
 
 def test_a_logged_dialogue_is_the_same_rationale_as_its_oracles_program(speaker: Path, tmp_path: Path) -> None:

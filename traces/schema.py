@@ -263,6 +263,8 @@ class PolicyCall:
     """Prompt and reply in the tokens that a hosted model counts and bills; None elsewhere."""
     sampled_entropies: tuple[float, ...] | None = None
     """Nats, of the distribution behind each sampled id; None where the engine does not say."""
+    chosen: tuple[tuple[int, ...], ...] = ()
+    """Patches that each latent step read again; empty where there was none."""
 
 
 def attributes_of(call: Mapping[str, Any]) -> dict[str, Attribute]:
@@ -393,4 +395,5 @@ def _call(span: SpanRecord, streams: Mapping[str, tuple[int, ...]]) -> PolicyCal
         dtype=a.get(names.DTYPE),
         reported=None if names.REPORTED not in a else tuple(json.loads(a[names.REPORTED])),
         sampled_entropies=unpack_floats(a[names.SAMPLED_ENTROPIES]) if names.SAMPLED_ENTROPIES in a else None,
+        chosen=tuple(tuple(json.loads(str(one.attributes["chosen"]))) for one in span.events if one.name == names.LATENT_STEP),
     )

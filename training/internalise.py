@@ -6,11 +6,12 @@ curriculum is that of Deng et al. 2405.14838 and Coconut 2412.06769 with one lat
 
 ``gradients`` decides what trains a latent state: ``full`` back-propagates through all latent steps; ``detached`` is the released code, in
 which no consumer of a state ever reaches its producer; ``anchor`` > 0 adds a loss that needs no graph across steps: the state that begins
-step i shall name the first word of what step i found (same family as the step supervision of CODI and SIM-CoT).
+step i shall name the first word of what step i found (of the family of CODI's and SIM-CoT's step supervision).
 
-``stop``: ``fixed`` takes as many latent steps as there were stages for every problem, as the paper does; ``learned`` takes one for each step
-that a problem has. A state then says ``think`` (a word of the tokenizer that nothing else uses) while it has not finished, and whoever runs
-the model goes on while that is likelier than not. The anchor is read with that word left out, so the two losses share no probability.
+``stop``: ``fixed`` takes as many latent steps as there were stages for every problem, as the paper does; ``learned`` takes one for each
+step that a problem has. A state then says ``think`` (a word of the tokenizer that nothing else uses) while it has not finished, and
+whoever runs the model goes on while that is likelier than not. The anchor is read with that word left out, so the two losses share no
+probability.
 
 Left out: resetting the optimizer between stages (Coconut does, IVT-LR does not; the learning rate warms up anew), and the released code's
 length limits.
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,8 @@ class Lesson:
     """First id of what each step found."""
     ending: Ids
     """Answer and stop."""
+    chosen: tuple[Ids, ...] = ()
+    """Patches that each latent step is to read again, as an oracle knows them; empty: the model chooses."""
 
     def left(self, thought: int) -> Ids:
         """What is still said after so many latent steps."""
@@ -114,11 +117,13 @@ class Lost:
         return self.words + (weight * self.anchor if self.anchor is not None else 0) + (self.stop if self.stop is not None else 0)
 
 
-def internalisation(reasoner: LatentReasoner, given: Prompts, lessons: Sequence[Lesson], stage: int, objective: Objective, seed: int) -> Lost:
+def internalisation(
+    reasoner: LatentReasoner, given: Prompts, lessons: Sequence[Lesson], stage: int, objective: Objective, seed: int
+) -> Lost:
     """Losses of a batch at a stage; ``seed`` is for modes that draw patches."""
     counts = objective.latents(lessons, stage)
     seeds = [seed * 100_003 + lane for lane in range(len(lessons))] if reasoner.mode.patches == "random" else None
-    thoughts = reasoner.think(given, counts, seeds=seeds)
+    thoughts = reasoner.think(given, counts, seeds=seeds, chosen=forced(lessons, stage))
     ids, valid = left(lessons, counts)
     logits = _without(reasoner.read(thoughts, ids, valid), objective.banned)  # (B, T, V)
     words = F.cross_entropy(logits.flatten(0, 1), ids.masked_fill(~valid, IGNORED).flatten(), ignore_index=IGNORED)
@@ -135,11 +140,21 @@ def left(lessons: Sequence[Lesson], counts: Sequence[int]) -> tuple[Tensor, Tens
     return ids, torch.arange(longest) < torch.tensor([[len(row)] for row in rows])
 
 
+def forced(lessons: Sequence[Lesson], steps: int) -> Tensor | None:
+    """(B, steps, K) patches of lessons that say them; None where they do not."""
+    if not steps or not all(one.chosen for one in lessons):
+        return None
+    most = max(len(step) for one in lessons for step in one.chosen)
+    return torch.tensor([[[*step, *[-1] * most][:most] for step in (*one.chosen, *[()] * steps)][:steps] for one in lessons])
+
+
 def _without(logits: Tensor, banned: Sequence[int]) -> Tensor:
     return logits.index_fill(-1, torch.tensor(banned, device=logits.device), -torch.inf) if banned else logits
 
 
-def _anchored(reasoner: LatentReasoner, thoughts: Thoughts, lessons: Sequence[Lesson], counts: Sequence[int], objective: Objective) -> Tensor:
+def _anchored(
+    reasoner: LatentReasoner, thoughts: Thoughts, lessons: Sequence[Lesson], counts: Sequence[int], objective: Objective
+) -> Tensor:
     most = thoughts.states.shape[1]
     rows = [[*one.gists[:count], *[IGNORED] * most][:most] for one, count in zip(lessons, counts, strict=True)]
     silent = (*objective.banned, *(() if objective.think is None else (objective.think,)))
@@ -152,8 +167,3 @@ def _unfinished(reasoner: LatentReasoner, thoughts: Thoughts, counts: Sequence[i
     rows = [[*[objective.think] * count, *[IGNORED] * most][:most] for count in counts]
     logits = _without(reasoner.say(thoughts.states), objective.banned)
     return F.cross_entropy(logits.flatten(0, 1), torch.tensor(rows, device=logits.device).flatten(), ignore_index=IGNORED)
-
-
-def decided(reasoner: LatentReasoner, think: int, hidden: Any) -> Tensor:
-    """(B,) bool: these states (B, D) say that they are finished."""
-    return reasoner.say(hidden).log_softmax(-1)[:, think] < torch.tensor(0.5).log()

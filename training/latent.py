@@ -24,15 +24,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from monologue.backends.checkpoints import Checkpoint, open_checkpoint, save_checkpoint, take_weights
+from monologue.backends.checkpoints import Checkpoint, save_checkpoint, take_weights
 from monologue.backends.inputs import Inputs
 from monologue.backends.latent import Habit
 from monologue.backends.perception.ivtlr import LatentReasoner
 from monologue.backends.perception.modes import MODES, Mode
 from monologue.backends.perception.prompts import Prompts, prompts
-from monologue.training.internalise import Lesson, Objective, Voice, internalisation, lesson
+from monologue.training.internalise import Lesson, Objective, internalisation
 from monologue.training.loop import StreamTrainer, arguments
-from monologue.training.rationales import Rationale
 from monologue.training.recipe import RecipeError, follow
 from monologue.training.reinforce import latest
 
@@ -69,7 +68,7 @@ class Latent(BaseModel):
     think: str = ""
     """With a learned stop: the word that says "not finished", one token of the tokenizer that is otherwise never said."""
     steps: list[int] = Field([600, 400, 400, 400], min_length=1)
-    """Optimizer steps of each stage; the first is the explicit one, so there is a latent step less than entries."""
+    """Optimizer steps of each stage; the first is the explicit one, so there is a latent step less than entries; 0 leaves a stage out."""
     batch: int = Field(16, ge=1)
     """Rationales a step."""
     lr: float = Field(4e-5, gt=0)
@@ -97,8 +96,8 @@ class Latent(BaseModel):
             raise RecipeError(f"expected either a run or a task to take rationales from, got run={found.run!r} and task={found.task!r}")
         if (found.stop == "learned") != bool(found.think):
             raise RecipeError(f"stop='learned' needs a word 'think' to go on with, and only then, got {found.stop!r} with {found.think!r}")
-        if min(found.steps) < 1:
-            raise RecipeError(f"every stage needs at least one step, got {found.steps!r}")
+        if min(found.steps) < 0 or not found.steps[-1]:
+            raise RecipeError(f"expected steps of each stage, the last at least 1 and none below 0, got {found.steps!r}")
         found.as_mode()
         return found
 
@@ -134,12 +133,14 @@ def think_id(recipe: Latent, tokenizer: Any) -> int | None:
         return None
     found = tokenizer.encode(recipe.think, add_special_tokens=False)
     if len(found) != 1 or found[0] == tokenizer.unk_token_id:
-        raise RecipeError(f"expected 'think' to be one token of the model's tokenizer, got {recipe.think!r}, which is {len(found)} or unknown")
+        raise RecipeError(
+            f"expected 'think' to be one token of the model's tokenizer, got {recipe.think!r}, which is {len(found)} or unknown"
+        )
     return int(found[0])
 
 
 def endless(count: int, seed: int) -> Callable[[int], int]:
-    """Place in a list of ``count`` for the i-th example of a training: every one once before any comes again, each time in another order."""
+    """Place in a list of ``count`` for the i-th example of a training: each once before any comes again, each time in another order."""
     orders: dict[int, list[int]] = {}
 
     def place(index: int) -> int:
@@ -154,24 +155,21 @@ def endless(count: int, seed: int) -> Callable[[int], int]:
 
 def internalise(
     recipe: Latent,
-    rationale: Callable[[int], Rationale],
-    voice: Callable[[Checkpoint, Inputs], Voice],
+    checkpoint: Checkpoint,
+    lessons: Callable[[int], Lesson],
     out: str | Path,
     *,
-    source: str | Checkpoint | None = None,
     resume: bool = False,
     embed: Embed | None = None,
     after: Callable[[int, Any], dict[str, Any]] | None = None,
     **more: Any,
 ) -> list[dict[str, Any]]:
-    """Trains the recipe's model into ``out`` on the rationales 0, 1, 2, ...; returns the lines of its curve.
+    """Trains ``checkpoint`` into ``out`` on the lessons 0, 1, 2, ...; returns the lines of its curve.
 
-    ``embed`` stands in for ``prompts`` where pictures were looked at before. ``after(stage, model)`` examines the model at each stage's end.
-    ``more`` are further ``TrainingArguments``. Raises RecipeError, RunError, BackendError, PictureError, RequestRefused.
+    ``embed`` stands in for ``prompts`` where pictures were looked at before. ``after(stage, model)`` examines the model at the end of each
+    stage. ``more`` are further ``TrainingArguments``. Raises RecipeError, RunError, BackendError, PictureError, RequestRefused.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(str(source or recipe.model), device="cpu", dtype=torch.float32)
-    inputs = Inputs(checkpoint)
-    training = _Training(recipe, rationale, checkpoint, inputs, voice(checkpoint, inputs), Path(out), embed, after)
+    training = _Training(recipe, checkpoint, lessons, Path(out), embed, after)
     return training.run(latest(Path(out) / STATE) if resume else None, more)
 
 
@@ -181,18 +179,15 @@ class _Training:
     def __init__(
         self,
         recipe: Latent,
-        rationale: Callable[[int], Rationale],
         checkpoint: Checkpoint,
-        inputs: Inputs,
-        voice: Voice,
+        lessons: Callable[[int], Lesson],
         out: Path,
         embed: Embed | None,
         after: Callable[[int, Any], dict[str, Any]] | None,
     ) -> None:
-        self.recipe, self.rationale, self.checkpoint, self.inputs, self.voice = recipe, rationale, checkpoint, inputs, voice
-        self.out, self.after = out, after
+        self.recipe, self.checkpoint, self.lessons, self.out, self.after = recipe, checkpoint, lessons, out, after
         self.embed = embed or (lambda model, lessons: prompts(model, [one.asked for one in lessons]))
-        self.objective = Objective(recipe.anchor, think_id(recipe, checkpoint.tokenizer), inputs.banned)
+        self.objective = Objective(recipe.anchor, think_id(recipe, checkpoint.tokenizer), Inputs(checkpoint).banned)
         self.model = _Learner(checkpoint, recipe.frozen)
         self.reasoner = LatentReasoner(checkpoint.model, recipe.as_mode())
         self.lines: list[dict[str, Any]] = []
@@ -224,7 +219,7 @@ class _Training:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         size = self.recipe.batch
         for step in range(self.trainer.state.global_step, sum(self.recipe.steps)):
-            found = [lesson(self.rationale(index), self.voice, self.inputs) for index in range(step * size, (step + 1) * size)]
+            found = [self.lessons(index) for index in range(step * size, (step + 1) * size)]
             yield {"micro": (step, found), "first": True}
 
     def loss(self, model: Any, micro: tuple[int, list[Lesson]]) -> Tensor:

@@ -65,6 +65,13 @@ def of_problem(problem: Problem) -> Rationale:
     return Rationale(problem.id, problem.question, problem.choices, problem.pictures, steps, problem.choices[problem.gold])
 
 
+def bare(problem: Problem) -> Rationale:
+    """Question and answer alone. Raises RationaleError for a problem without gold."""
+    if problem.gold is None:
+        raise RationaleError(f"problem {problem.id!r} has no gold answer to reason towards")
+    return Rationale(problem.id, problem.question, problem.choices, problem.pictures, (), problem.choices[problem.gold])
+
+
 def of_run(run: RunReader, skipped: Counter[str] | None = None, solved: bool = True) -> Iterator[Rationale]:
     """The dialogues of a run, streaming; ``solved``: only those that concluded with the gold answer. What gives none is counted by cause.
 

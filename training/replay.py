@@ -272,7 +272,7 @@ async def _recompute(
     engine: Backend, call: PolicyCall, pictures: tuple[Picture, ...], tolerance: float, part: slice
 ) -> tuple[tuple[float, ...], bool]:
     """Log-probs by the engine, and whether those of ``part`` agree only with top_p moved by a hair."""
-    prompt, sampling = Prompt(call.prompt_ids, pictures), _sampling(call)
+    prompt, sampling = Prompt(call.prompt_ids, pictures, chosen=call.chosen), _sampling(call)
     new = await engine.score(prompt, call.sampled_ids, sampling)
     old = call.sampled_logprobs or ()
     if sampling.top_p >= 1 or not sampling.temperature or len(old) != len(new) or max(_gaps(old[part], new[part])) <= tolerance:

@@ -120,8 +120,20 @@ def _call(span: SpanRecord, pieces: Pieces, notes: Sequence[Mapping[str, Any]]) 
         "messages": _try(json.loads, a.get(names.INPUT_MESSAGES)) or [],
         "action": _try(json.loads, a.get(names.ACTION)),
         "attention": [_try(unpack_floats, one) for one in _try(json.loads, a.get(names.ATTENTION)) or []],
+        "latents": _latents(span),
         "tokens": _tokens(span, pieces, notes),
     }
+
+
+def _latents(span: SpanRecord) -> list[dict[str, Any]]:
+    """Latent steps of a call: patches that each read again, the norm of its state, and what that was nearest to saying."""
+    found = []
+    for event in span.events:
+        if event.name == names.LATENT_STEP:
+            read = {name: _try(json.loads, event.attributes.get(name)) for name in ("chosen", "words", "chances")}
+            lists = {name: value if isinstance(value, list) else [] for name, value in read.items()}
+            found.append({"step": event.attributes.get("step"), "norm": event.attributes.get("norm"), **lists})
+    return found
 
 
 def _tokens(span: SpanRecord, pieces: Pieces, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -1,8 +1,8 @@
 """The speaker: one small policy that takes every seat of the hops world, out loud. A thinker begins with its weights.
 
-    see     the picture tower alone: every visual token names its cell's letter and colour on the tied word embeddings, and, through a linear
-            layer that is thrown away, the letter after the arrow (a Visual Words loss). A second matrix for the second letter, since a bag of
-            words could not tell ``a -> c`` from ``c -> a``.
+    see     the picture tower alone: every visual token names its cell's letter and colour on the tied word embeddings, and, through a
+            linear layer that is thrown away, the letter after the arrow (a Visual Words loss). A second matrix for the second letter, since
+            a bag of words could not tell ``a -> c`` from ``c -> a``.
     drill   the language model looks up: many single hops from one picture, in the words of an oracle's monologue, in random order.
     seats   whole parts of both seats, in the layout of the codec: the questioner's without the picture, the answerer's with it.
 
@@ -70,7 +70,7 @@ class Speaker(nn.Module):
             with torch.no_grad():
                 seen = self.see(batch.pixels)
             x = x.masked_scatter(pads.unsqueeze(-1), seen)
-        positions = self._positions(batch.ids, bool(pads.any()))
+        positions = self.positions(batch.ids, bool(pads.any()))
         out = self.model.model.language_model(inputs_embeds=x, position_ids=positions, attention_mask=None, use_cache=False)
         said = batch.labels[:, 1:] != IGNORED
         return out.last_hidden_state[:, :-1][said] @ embed.weight.T, batch.labels[:, 1:][said]
@@ -79,7 +79,7 @@ class Speaker(nn.Module):
         """Cross-entropy of what the policy says. No gradient enters the picture tower."""
         return F.cross_entropy(*self.spoken(batch))
 
-    def _positions(self, ids: Tensor, pictured: bool) -> Tensor:
+    def positions(self, ids: Tensor, pictured: bool) -> Tensor:
         """(3, B, T): the model's own M-RoPE; all rows of a batch have their picture in the same place, or none."""
         plain = torch.arange(ids.shape[1]).expand(3, 1, -1)
         if pictured:

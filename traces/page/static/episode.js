@@ -9,9 +9,22 @@ function picturesOf(spans) {
       const one = found.get(image.sha256) ?? { ...image, turns: [] };
       one.turns.push(span.seq);
       one.attention = { ...one.attention, [span.seq]: span.attention?.[place] };
+      if (span.latents?.length > 0) one.thinks ??= span.seq;
+      one.chosen = { ...one.chosen, [span.seq]: chosenIn(span, place) };
       found.set(image.sha256, one);
     }
   return [...found.values()];
+}
+
+// Patches of one of a turn's pictures that its latent steps read again: place in the picture, and the steps, from 1.
+function chosenIn(span, place) {
+  const sizes = span.images.map((image) => image.placeholder_count ?? 0);
+  const first = sizes.slice(0, place).reduce((sum, size) => sum + size, 0);
+  const found = new Map();
+  for (const [step, latent] of (span.latents ?? []).entries())
+    for (const patch of latent.chosen)
+      if (patch >= first && patch < first + sizes[place]) found.set(patch - first, [...(found.get(patch - first) ?? []), step + 1]);
+  return [...found];
 }
 
 // Rows and columns of the patches behind a picture's placeholders: the grid, merged evenly along both sides.
@@ -40,6 +53,19 @@ function Patches({ image, weights }) {
   );
 }
 
+function Chosen({ image, chosen }) {
+  const [rows, columns] = patchGrid(image);
+  if (!chosen || rows * columns !== image.placeholder_count) return null;
+  const [width, height] = [image.width / columns, image.height / rows];
+  return chosen.map(([patch, steps]) => {
+    const [x, y] = [(patch % columns) * width, Math.floor(patch / columns) * height];
+    return html`<g class="chosen">
+      <rect x=${x} y=${y} width=${width} height=${height} vector-effect="non-scaling-stroke"><title>read again in latent step ${steps.join(", ")}</title></rect>
+      <text x=${x + width / 2} y=${y + height / 2} font-size=${height / 2}>${steps.join(" ")}</text>
+    </g>`;
+  });
+}
+
 function Picture({ image, regions, focus, place, count }) {
   const [address, setAddress] = useState("");
   const seen = image.turns.map((turn) => turn + 1).join(", ");
@@ -57,6 +83,7 @@ function Picture({ image, regions, focus, place, count }) {
         : address !== "" && html`<img src=${address} alt=${words} class=${small ? "small" : ""} onError=${() => setFailed(true)} />`}
       <svg viewBox=${`0 0 ${image.width} ${image.height}`} preserveAspectRatio="none" aria-hidden="true">
         <${Patches} image=${image} weights=${weights} />
+        <${Chosen} image=${image} chosen=${image.chosen?.[focus === null ? image.thinks : focus]} />
         ${regions.map(
           ({ seq, box: [left, top, right, bottom] }) => html`<g class=${seq === focus || seq + 1 === focus ? "region lit" : "region"}>
             <rect
@@ -142,6 +169,22 @@ function Reply({ span, mode }) {
   </div>`;
 }
 
+function Latents({ latents }) {
+  if (latents.length === 0) return null;
+  const nearest = (latent) => latent.words.map((word, place) => `${spoken(word)} ${round(latent.chances[place])}`).join(", ");
+  return html`<table class="latents">
+    <thead><tr><th>latent step</th><th>nearest words</th><th>patches read again</th><th>norm</th></tr></thead>
+    <tbody>
+      ${latents.map(
+        (latent) => html`<tr>
+          <td>${latent.step + 1}</td><td>${latent.words.length > 0 ? nearest(latent) : "not recorded"}</td>
+          <td>${latent.chosen.map((patch) => patch + 1).join(", ") || "none"}</td><td>${round(latent.norm)}</td>
+        </tr>`,
+      )}
+    </tbody>
+  </table>`;
+}
+
 function Flags({ span }) {
   const flags = [
     span.truncated && ["cut off", "the reply reached its limit of tokens"],
@@ -193,6 +236,7 @@ function Turn({ span, mode, notes, tone, focus, setFocus }) {
     ${span.kind === "tool" && html`<${ToolCall} span=${span} />`}
     ${span.fault && html`<p class="fault"><b>no action:</b> <${Said} text=${span.fault} /></p>`}
     ${span.error && html`<p class="fault"><b>error:</b> <${Said} text=${span.error} /></p>`}
+    <${Latents} latents=${span.latents ?? []} />
     ${span.attention?.some(Boolean) && html`<p class="quiet">Patches attended to are shown on the picture while the pointer or focus is here.</p>`}
     <${Notes} notes=${notes} />
   </li>`;

@@ -1,0 +1,303 @@
+"""Can reasoning go latent where it takes more look-ups in a row than the model has layers? Every arm from the same start, per seed.
+
+    python bench/hops.py [--seeds 0 1 2] [--arms direct explicit ...] [--out runs/hops] [--json bench/results/hops.json]
+
+World: three hops and a colour, four look-ups in series, in rendered pixels; the model has two layers of width 64. Shared by all arms of
+a seed, and said openly: perception (recipe ``speaker``: every cell read from pixels, then single look-ups), after which the picture tower
+and the word embeddings stand still, so visual tokens are computed once for 12,288 training pictures; start cells are drawn anew each
+time. From there
+
+    direct      question and answer alone, as many steps as explicit and latent stages together
+    explicit    the dialogue out loud; all arms below begin here and internalise one step a stage
+    full        recipe ``latent``, mode ``ours``: state and two attended patches a step, gradients through the states
+    detached    the same without gradients through the states            anchor    ... and with the anchor loss
+    reference   the released code's order, positions and gradients
+    hidden      states alone   patches  patches alone   pause  a constant word in place of states   random  patches by lot
+    k1, k3      patches a step   n1 .. n3  so many latent steps for four look-ups, the rest of the rationale dropped
+    blind-*     the picture hidden behind itself: question, states and words see re-read patches only; which are given by an oracle,
+                attended to (by the row that made the state, or by the state itself), drawn, or none
+
+Validation problems show how a stage ends; the figures are of test problems, on which no choice was made. What is done already is not done
+again and a killed training is resumed, so the command can be stopped and repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from monologue.backends.checkpoints import open_checkpoint
+from monologue.backends.latent import Habit
+from monologue.backends.perception.ivtlr import LatentReasoner
+from monologue.backends.perception.prompts import Asked, Prompts
+from monologue.tasks.hops import COLOURS, LETTERS, VOCABULARY, Board, Drawing, Hops, walk
+from monologue.training import causal
+from monologue.training.internalise import Lesson
+from monologue.training.latent import Latent, internalise
+from monologue.training.recipe import read_recipe
+from monologue.training.starter import speaker
+from monologue.training.starter.batches import Words, patches
+from monologue.training.starter.fit import Curve, Stage
+from monologue.training.starter.make import save
+from monologue.training.starter.models import build_image_processor, build_speaker, build_tokenizer
+
+HOPS, LOOKUPS, CELLS = 3, 4, speaker.CELLS
+POOL, EXAMINED = 12288, 128
+"""Training pictures; problems of a batch under examination."""
+EXPLICIT, STAGE, BATCH, LR = 300, 250, 64, 2e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn(Lesson):
+    """A lesson about a picture that was looked at before."""
+
+    place: int = 0
+    """Its visual tokens in the pool."""
+    way: tuple[int, ...] = ()
+    """Cells that the look-ups need, in order."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How an arm departs from ``full``."""
+
+    settings: dict[str, Any]
+    """Of the mode."""
+    mode: str = "ours"
+    anchor: float = 0.0
+    latents: int = LOOKUPS
+    """Latent steps; the rest of the rationale is dropped."""
+    oracle: bool = False
+    """The needed cell is re-read at each step."""
+
+
+BLIND = {"bottleneck": "picture", "k": 1, "reuse": True}
+ARMS: dict[str, Arm] = {
+    "full": Arm({"k": 2}),
+    "detached": Arm({"k": 2, "gradients": "detached"}),
+    "anchor": Arm({"k": 2, "gradients": "detached"}, anchor=1.0),
+    "hidden": Arm({"patches": "none"}),
+    "random": Arm({"patches": "random", "k": 2}),
+    "pause": Arm({"thought": "pause", "patches": "none"}),
+    "patches": Arm({"thought": "none", "k": 2}),
+    "reference": Arm({"k": 2}, mode="reference"),
+    "blind-oracle": Arm(BLIND, oracle=True),
+    "blind-attended": Arm(BLIND),
+    "blind-state": Arm({**BLIND, "selects": "state"}),
+    "blind-random": Arm({**BLIND, "patches": "random"}),
+    "blind-none": Arm({**BLIND, "patches": "none"}),
+    "k1": Arm({"k": 1}),
+    "k3": Arm({"k": 3}),
+    "n1": Arm({"k": 2}, latents=1),
+    "n2": Arm({"k": 2}, latents=2),
+    "n3": Arm({"k": 2}, latents=3),
+}
+NAMES = ("direct", "explicit", *ARMS)
+
+
+class World:
+    """Pictures of a seed as visual tokens, and lessons about them."""
+
+    def __init__(self, folder: Path, seed: int, oracle: bool = False) -> None:
+        """``folder/base`` sees; ``oracle``: lessons say which cell each step is to read again."""
+        base = open_checkpoint(str(folder / "base"), device="cpu", dtype=torch.float32)
+        self.folder, self.seed, self.oracle, self.words = folder, seed, oracle, Words(base.tokenizer)
+        self.task, self.eyes = Hops([f"hop{HOPS}"]), speaker.Speaker(base.model, Words(base.tokenizer))
+        self.boards: list[Board] = []
+        self.tokens = torch.zeros(0, CELLS, base.model.get_input_embeddings().embedding_dim)
+        self.train = self.look("train", POOL)
+
+    def look(self, split: str, count: int) -> range:
+        """Draws and sees so many pictures of a split, once; their places in the pool."""
+        problems = (self.task.problem(split, index, self.seed if split == "train" else 0) for index in range(count))
+        drawings = [one.pictures[0] for one in problems]
+        file = self.folder / f"{split}-{count}.safetensors"
+        if not file.exists():
+            with torch.inference_mode():
+                seen = [self.eyes.see(patches([one() for one in drawings[i : i + 64]])) for i in range(0, count, 64)]
+            save_file({"tokens": torch.cat(seen).clone()}, file)
+        first = len(self.boards)
+        self.boards += [drawing.board for drawing in drawings if isinstance(drawing, Drawing)]
+        self.tokens = torch.cat([self.tokens, load_file(file)["tokens"]])
+        return range(first, first + count)
+
+    def lesson(self, place: int, start: str, kept: int, hops: int = HOPS) -> Drawn:
+        """About a pooled picture, with so many steps of its rationale."""
+        board, words = self.boards[place], self.words
+        way = walk(board, start, hops)
+        asked = f"<bos> <user> {speaker.PICTURE} which colour is {hops} hops after {start} {speaker.CHOICES} <assistant>"
+        steps = [(f"what follows {cell.letter}", cell.follows) for cell in way[:-1]]
+        steps.append((f"what colour is {way[-1].letter}", way[-1].colour))
+        return Drawn(
+            asked=Asked(tuple(words(asked))),
+            steps=tuple(tuple(words(f"{question} {reply}")) for question, reply in steps[:kept]),
+            gists=tuple(words(reply)[0] for _, reply in steps[:kept]),
+            ending=tuple(words(f"{way[-1].colour} <eos>")),
+            chosen=tuple((board.index(cell),) for cell in way) if self.oracle else (),
+            place=place,
+            way=tuple(board.index(cell) for cell in way),
+        )
+
+    def practice(self, kept: int) -> Callable[[int], Drawn]:
+        """The i-th lesson of a training."""
+
+        def drawn(index: int) -> Drawn:
+            rng = random.Random(f"hops/{self.seed}/{index}")
+            return self.lesson(rng.choice(self.train), rng.choice(tuple(LETTERS)), kept)
+
+        return drawn
+
+    def embed(self, model: Any, lessons: Sequence[Lesson]) -> Prompts:
+        """Prompts with pooled visual tokens; all have their picture in the same place."""
+        ids = torch.tensor([one.asked.ids for one in lessons])
+        pads = ids == model.config.image_token_id
+        places = torch.tensor([one.place for one in lessons if isinstance(one, Drawn)])
+        embeds = model.get_input_embeddings()(ids).masked_scatter(pads.unsqueeze(-1), self.tokens[places])
+        positions = self.eyes.positions(ids, True)
+        spots = torch.arange(CELLS) + int(pads[0].int().argmax())
+        return Prompts(embeds, torch.ones_like(pads), positions, spots.expand(len(ids), -1), (1,) * len(ids))
+
+    def exams(self, model: Any, split: str, count: int, kept: int, hops: int = HOPS) -> list[causal.Exam]:
+        """The first problems of a split, in batches."""
+        places, found = self.look(split, count), []
+        starts = [self.task.problem(split, index).question.split()[-1] for index in range(count)]
+        for first in range(0, count, EXAMINED):
+            some = list(zip(places, starts, strict=True))[first : first + EXAMINED]
+            lessons = [self.lesson(place, start, kept, hops) for place, start in some]
+            with torch.no_grad():
+                found.append(causal.Exam(self.embed(model, lessons), lessons, [one.way for one in lessons]))
+        return found
+
+
+def begin(folder: Path, seed: int) -> None:
+    """``folder/base``: perception, as all arms of a seed share it."""
+    if (folder / "base" / "config.json").exists():
+        return
+    tokenizer = build_tokenizer(VOCABULARY)
+    learner = speaker.Speaker(build_speaker(seed, tokenizer), Words(tokenizer))
+    curve = Curve(folder / "base" / "curve.jsonl")
+    for stage in read_recipe("speaker")["stage"][:2]:
+        speaker.learn(learner, Stage(**stage), seed, curve)
+    save(learner.model, tokenizer, folder / "base", build_image_processor(112, 84))
+
+
+def recipe_of(name: str, seed: int, plan: argparse.Namespace) -> Latent:
+    """The training of an arm."""
+    arm = ARMS.get(name, Arm({"patches": "none"}))
+    steps = [0] + [plan.stage] * arm.latents
+    if name == "explicit":
+        steps = [plan.explicit]
+    elif name == "direct":
+        steps = [plan.explicit + LOOKUPS * plan.stage]
+    settings = {**arm.settings, **({"pause_id": 0} if arm.settings.get("thought") == "pause" else {})}
+    frozen = ["visual", "embed_tokens"]
+    common = {"task": "hops", "lr": plan.lr, "batch": plan.batch, "warmup": 20, "save_every": 250, "clip": 1.0, "seed": seed}
+    return Latent.read({**common, "mode": arm.mode, "settings": settings, "anchor": arm.anchor, "steps": steps, "frozen": frozen})
+
+
+def made(name: str, folder: Path, seed: int, plan: argparse.Namespace) -> dict[str, Any]:
+    """The row of an arm, trained and examined."""
+    recipe, arm = recipe_of(name, seed, plan), ARMS.get(name, Arm({}))
+    kept = 0 if name == "direct" else arm.latents
+    source = folder / ("base" if name in ("direct", "explicit") else "explicit")
+    world = World(folder, seed, arm.oracle)
+    checkpoint = open_checkpoint(str(source), device="cpu", dtype=torch.float32)
+    exams = world.exams(checkpoint.model, "validation", 512, kept)
+
+    def after(stage: int, model: Any) -> dict[str, Any]:
+        return {"validation": said(thinker(model, recipe, stage), exams, stage)["accuracy"]}
+
+    started, resume = time.process_time(), (folder / name / "trainer").exists()
+    lines = internalise(recipe, checkpoint, world.practice(kept), folder / name, embed=world.embed, after=after, resume=resume)
+    seconds = round(time.process_time() - started)
+    row = {"seed": seed, "arm": name, "latents": recipe.latents, "trained": sum(recipe.steps), "cpu_seconds": seconds, "resumed": resume}
+    row["stages"] = [line["validation"] for line in lines if "validation" in line]
+    return {**row, **examined(thinker(checkpoint.model, recipe, recipe.latents), world, name, kept, plan.n)}
+
+
+def thinker(model: Any, recipe: Latent, stage: int) -> causal.Thinking:
+    mode = recipe.as_mode()
+    banned = (model.config.image_token_id, model.config.video_token_id)
+    return causal.Thinking(LatentReasoner(model, mode), Habit(mode, stage), banned)
+
+
+def said(thinking: causal.Thinking, exams: Sequence[causal.Exam], stage: int) -> dict[str, Any]:
+    """Share of problems whose whole remaining rationale and answer are said word for word, greedily."""
+    hits: list[bool] = []
+    for exam in exams:
+        hits += causal.right(thinking, thinking.think(exam), [one.left(stage) for one in exam.lessons])
+    return causal.share(hits)
+
+
+def examined(thinking: causal.Thinking, world: World, name: str, kept: int, count: int) -> dict[str, Any]:
+    """Test accuracy and, for those who think, controls, probes and recall."""
+    exams, stage = world.exams(thinking.reasoner.model, "test", count, kept), thinking.habit.steps
+    found: dict[str, Any] = said(thinking, exams, stage)
+    if stage:
+        rows = causal.controls(thinking, exams)
+        found["controls"] = {row["control"]: row["accuracy"] for row in rows} | {"carried": rows[-1]["carried"]}
+        found["probes"] = causal.probes(thinking, exams)
+    if thinking.reasoner.mode.patches != "none" and stage:
+        found["recall"] = causal.recall(thinking, exams)
+    if name == "full":
+        further = replace(thinking, habit=replace(thinking.habit, steps=LOOKUPS + 1))
+        longer = world.exams(thinking.reasoner.model, "test", 512, kept, HOPS + 1)
+        hits = [hit for exam in longer for hit in causal.right(further, further.think(exam), [one.ending for one in exam.lessons])]
+        found["one hop more"] = causal.share(hits)["accuracy"]
+    return found
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--arms", nargs="+", choices=NAMES, default=list(NAMES))
+    options.add_argument("--n", type=int, default=2000, help="test problems")
+    options.add_argument("--explicit", type=int, default=EXPLICIT, help="steps of the explicit stage")
+    options.add_argument("--stage", type=int, default=STAGE, help="steps of each latent stage")
+    options.add_argument("--batch", type=int, default=BATCH)
+    options.add_argument("--lr", type=float, default=LR)
+    options.add_argument("--out", type=Path, default=Path("runs/hops"))
+    options.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "hops.json")
+    plan = options.parse_args()
+    torch.set_num_threads(1)
+    for seed in plan.seeds:
+        begin(plan.out / str(seed), seed)
+        for name in dict.fromkeys(("explicit", *plan.arms) if set(plan.arms) - {"direct"} else plan.arms):
+            kept = plan.out / str(seed) / f"{name}.json"
+            if not kept.exists():
+                kept.write_text(json.dumps(made(name, plan.out / str(seed), seed, plan)) + "\n")
+            row = json.loads(kept.read_text())
+            print(json.dumps({key: row.get(key) for key in ("seed", "arm", "accuracy", "stages", "cpu_seconds", "controls")}), flush=True)
+    rows = [json.loads(file.read_text()) for name in NAMES for file in sorted(plan.out.glob(f"*/{name}.json"))]
+    command = "python bench/hops.py --seeds " + " ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+    machine = f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}, one thread"
+    settings = {name: getattr(plan, name) for name in ("explicit", "stage", "batch", "lr", "n")}
+    result = {"name": "hops", "command": command, "machine": machine, "chance": 1 / len(COLOURS), "settings": settings, "rows": rows}
+    plan.json.parent.mkdir(parents=True, exist_ok=True)
+    plan.json.write_text(json.dumps({**result, "ratio": summary_of(rows)}, indent=1) + "\n")
+    print(json.dumps(summary_of(rows), indent=1))
+
+
+def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and range of test accuracy by arm."""
+    found = {}
+    for name in NAMES:
+        scores = [row["accuracy"] for row in rows if row["arm"] == name]
+        if scores:
+            found[name] = {"seeds": len(scores), "mean": round(statistics.fmean(scores), 4), "least": min(scores), "most": max(scores)}
+    return found
+
+
+if __name__ == "__main__":
+    main()
