@@ -12,8 +12,8 @@ problems are answered again with
     patched           another problem's thoughts, its own question and picture kept: how often its answer becomes the *other* one's
                       (``carried``), where the two differ. Only this control is passed by high figures.
 
-and what the states hold is read off: a linear probe (ridge regression, fitted on one half of the problems, examined on the other) names from
-state i what step i finds; ``recall`` is the share of steps whose needed patch was read again by then, beside that of a fair draw.
+and what the states hold is read off: a linear probe (ridge regression, fitted on one half of the problems, examined on the other) names
+from state i what step i finds; ``recall`` is the share of steps whose needed patch was read again by then, beside that of a fair draw.
 
 A thinker passes where the first six fall to what a guesser has, and ``carried`` is near 1. Nothing is judged here; the table says what is.
 

@@ -1,0 +1,178 @@
+"""Thought before spoken: latent steps stand in the trace, are replayed to the last bit, and give way to the monologue where unsure."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from monologue.agents.load import codec_for, load_policy
+from monologue.agents.policy import Policy
+from monologue.backends.base import LATENT, BackendError, Sampling
+from monologue.backends.latent import Habit
+from monologue.backends.perception.modes import OURS, Mode
+from monologue.cli import main
+from monologue.graphs import latent
+from monologue.graphs.oracle import Seat, oracle
+from monologue.graphs.play import play
+from monologue.graphs.registry import find
+from monologue.graphs.state import GraphError
+from monologue.tasks.hops import VOCABULARY, Hops
+from monologue.traces import names
+from monologue.traces.page.detail import detail
+from monologue.traces.page.index import Index
+from monologue.traces.page.pieces import Pieces
+from monologue.traces.store import Episode, RunReader
+from monologue.training.replay import replay
+from monologue.training.starter.make import save
+from monologue.training.starter.models import build_image_processor, build_speaker, build_tokenizer
+
+PROBLEMS = list(Hops().problems("validation", 6))
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained, with a habit."""
+    folder, tokenizer = tmp_path_factory.mktemp("thinker"), build_tokenizer(VOCABULARY)
+    save(build_speaker(2, tokenizer), tokenizer, folder, build_image_processor(112, 84))
+    Habit(Mode(k=3), 2).save(folder)
+    return folder
+
+
+def seats(folder: Path, **sampling: Any) -> Mapping[str, Seat]:
+    policy = load_policy(folder, "thinker", habit=Habit.load(folder), trainable=False, sampling=Sampling(max_tokens=3, **sampling))
+    engine: Any = policy.backend
+    others = oracle(codec_for(engine.tokenizer, engine), engine)
+    return {"thinker": policy, "questioner": others, "answerer": others}
+
+
+@pytest.fixture(scope="module")
+def trusted(thinker: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("trusted") / "run"
+    play("latent:percent=0", PROBLEMS, seats(thinker), run, progress=False)
+    return run
+
+
+def episodes(run: Path) -> list[Episode]:
+    return list(RunReader(run).episodes())
+
+
+def thoughts(episode: Episode) -> list[dict[str, Any]]:
+    (span,) = [span for span in episode.spans if span.attributes[names.ROLE] == "thinker"]
+    return [dict(event.attributes) for event in span.events if event.name == names.LATENT_STEP]
+
+
+def test_every_latent_step_is_an_event_with_patches_norm_and_nearest_words(trusted: Path) -> None:
+    for episode in episodes(trusted):
+        steps = thoughts(episode)
+        assert [step["step"] for step in steps] == [0, 1]
+        chosen = [json.loads(step["chosen"]) for step in steps]
+        assert all(len(set(patches)) == 3 and set(patches) <= set(range(12)) for patches in chosen)
+        assert not set(chosen[0]) & set(chosen[1])
+        words, chances = json.loads(steps[0]["words"]), json.loads(steps[0]["chances"])
+        assert len(words) == len(chances) == 3 and chances == sorted(chances, reverse=True) and steps[0]["norm"] > 0
+
+
+def test_the_log_probs_after_thoughts_are_replayed(thinker: Path, trusted: Path) -> None:
+    checks = {check.name: check for check in replay(trusted)}
+    assert all(check.ok for check in checks.values()), checks
+    assert checks["replay thinker"].figure < 1e-5 and "image swap" in checks
+    assert {episode.calls()[0].engine for episode in episodes(trusted)} == {LATENT}
+
+
+def test_thoughts_forced_by_the_trace_are_those_that_were_thought(trusted: Path) -> None:
+    for episode in episodes(trusted):
+        call = episode.calls()[0]
+        assert list(map(list, call.chosen)) == [json.loads(step["chosen"]) for step in thoughts(episode)]
+        assert not call.trainable
+
+
+def test_where_it_is_unsure_the_monologue_is_held_out_loud(thinker: Path, tmp_path: Path) -> None:
+    summary = play("latent:percent=101", PROBLEMS, seats(thinker), tmp_path / "run", progress=False, score=Hops().score)
+    assert summary.score().accuracy == 1.0
+    for episode in episodes(tmp_path / "run"):
+        roles = [str(span.attributes[names.ROLE]) for span in episode.spans]
+        hops = len(roles) // 2 - 1
+        assert roles == ["thinker", *["questioner", "answerer"] * hops, "questioner"]
+        assert episode.spans[0].attributes[names.EDGE] == "unsure"
+
+
+def test_a_sure_thinker_ends_at_once_and_an_unsure_one_does_not(thinker: Path, tmp_path: Path) -> None:
+    """Each episode's edge follows from the probability of what was said."""
+    play("latent:percent=30", PROBLEMS, seats(thinker), tmp_path / "run", progress=False)
+    for episode in episodes(tmp_path / "run"):
+        call = episode.calls()[0]
+        assert call.sampled_logprobs is not None
+        sure = sum(call.sampled_logprobs) >= -1.2039728 and call.parse_error is None
+        assert episode.spans[0].attributes[names.EDGE] == ("conclude" if sure else "unsure")
+
+
+def test_a_batch_thinks_as_each_would_alone(thinker: Path, trusted: Path, tmp_path: Path) -> None:
+    play("latent:percent=0", PROBLEMS, seats(thinker), tmp_path / "run", progress=False, concurrency=1)
+    together, alone = ({one.start.problem_id: one for one in episodes(run)} for run in (trusted, tmp_path / "run"))
+    for key, episode in together.items():
+        first, second = episode.calls()[0], alone[key].calls()[0]
+        assert first.sampled_ids == second.sampled_ids and first.chosen == second.chosen
+        assert first.sampled_logprobs == pytest.approx(second.sampled_logprobs, abs=1e-4)
+
+
+def test_a_learned_stop_thinks_until_the_state_has_finished(thinker: Path) -> None:
+    import torch
+
+    from monologue.backends.checkpoints import open_checkpoint
+    from monologue.backends.perception.ivtlr import LatentReasoner
+
+    model = open_checkpoint(str(thinker), device="cpu", dtype=torch.float32).model
+    reasoner = LatentReasoner(model, OURS)
+    state = model.get_input_embeddings().weight[[9, 9]] * torch.tensor([[50.0], [-50.0]])
+    halt = Habit(OURS, 3, think=9).halt(reasoner)
+    assert halt is not None and halt(0, state).tolist() == [False, True]
+    assert Habit(OURS, 3).halt(reasoner) is None
+
+
+def test_the_shape_of_a_run_keeps_no_words_of_a_thought(thinker: Path, tmp_path: Path) -> None:
+    play("latent:percent=0", PROBLEMS[:1], seats(thinker), tmp_path / "run", progress=False, capture="shape")
+    (episode,) = episodes(tmp_path / "run")
+    assert all("words" not in step and step["norm"] > 0 for step in thoughts(episode))
+
+
+def test_the_page_shows_each_latent_step(trusted: Path) -> None:
+    index = Index(trusted)
+    index.refresh()
+    row = index.row(episodes(trusted)[0].start.episode_id)
+    assert row is not None
+    found = detail(row, Pieces(trusted))["spans"][0]["latents"]
+    assert [latent["step"] for latent in found] == [0, 1] and all(len(latent["chosen"]) == 3 for latent in found)
+
+
+def test_a_checkpoint_that_was_never_taught_does_not_take_the_seat(thinker: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="monologue train latent"):
+        Habit.load(tmp_path)
+    (tmp_path / "latent.json").write_text('{"mode": {"k": 0}, "steps": 1}')
+    with pytest.raises(BackendError, match="does not say how to think"):
+        Habit.load(tmp_path)
+    with pytest.raises(BackendError, match="random patches"):
+        load_policy(thinker, "thinker", habit=Habit(Mode(patches="random"), 1))
+
+
+def test_a_threshold_outside_of_its_range_is_refused() -> None:
+    with pytest.raises(GraphError, match="102"):
+        latent.build(102)
+    assert find("latent:percent=80").roles == ("thinker", "questioner", "answerer")
+
+
+def test_the_command_examines_any_thinker(thinker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["eval", "latent", "--controls", "--task", "hops", "--thinker", str(thinker), "--n", "8", "--split", "validation"]
+    assert main([*words, "--json", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [row["control"] for row in found["controls"]][0] == "none" and len(found["recall"]) == 2
+    assert "shuffled" in capsys.readouterr().out
+    assert main(["eval", "latent", "--controls", "--thinker", str(thinker), "--graph", "direct"]) == 2
+    assert main(["eval", "latent", "--temperature", "1", "--thinker", str(thinker)]) == 2
+    assert main(["eval", "--controls"]) == 2
+
+
+def test_policies_that_do_not_think_have_no_thoughts(thinker: Path) -> None:
+    policy = load_policy(thinker, "answerer")
+    assert isinstance(policy, Policy) and policy.backend.facts.engine == "transformers"
