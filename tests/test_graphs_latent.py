@@ -166,7 +166,7 @@ def test_the_command_examines_any_thinker(thinker: Path, tmp_path: Path, capsys:
     words = ["eval", "latent", "--controls", "--task", "hops", "--thinker", str(thinker), "--n", "8", "--split", "validation"]
     assert main([*words, "--json", str(tmp_path / "found.json")]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [row["control"] for row in found["controls"]][0] == "none" and len(found["recall"]) == 2
+    assert found["controls"][0]["control"] == "none" and len(found["recall"]) == 2
     assert "shuffled" in capsys.readouterr().out
     assert main(["eval", "latent", "--controls", "--thinker", str(thinker), "--graph", "direct"]) == 2
     assert main(["eval", "latent", "--temperature", "1", "--thinker", str(thinker)]) == 2

@@ -95,7 +95,9 @@ def _of_episode(episode: Episode, run: RunReader, solved: bool) -> Rationale | s
         return "no answer"
     if solved and (start.gold is None or end.answer.strip().lower() != start.choices[start.gold].strip().lower()):
         return "wrong answer"
-    steps, asked, shown = [], "", []
+    steps: list[Step] = []
+    shown: list[str] = []
+    asked = ""
     for call in episode.calls():
         action = json.loads(call.action) if call.action else {}
         if action.get("kind") == "look":

@@ -202,5 +202,6 @@ def examine(speaker: Speaker, n: int) -> dict[str, float]:
         logits, labels = speaker.spoken(batch)
         hits = (logits.argmax(-1) == labels).float()
         counts = (batch.labels[:, 1:] != IGNORED).sum(1).tolist()
-        found[name] = float(hits.mean()) if name == "look-ups" else sum(float(one.min()) for one in hits.split(counts)) / n
+        whole = torch.stack([one.min() for one in torch.split(hits, counts)])  # type: ignore[no-untyped-call]
+        found[name] = float((hits if name == "look-ups" else whole).mean())
     return {name: round(value, 4) for name, value in found.items()}
