@@ -2,7 +2,7 @@
 
     python bench/hops.py [--seeds 0 1 2] [--arms direct explicit ...] [--out runs/hops] [--json bench/results/hops.json]
 
-World: three hops and a colour, four look-ups in series, in rendered pixels; the model has two layers of width 64. Shared by all arms of
+World: three hops and a colour, four look-ups in series, in rendered pixels; the model has three layers of width 64. Shared by all arms of
 a seed, and said openly: perception (recipe ``speaker``: every cell read from pixels, then single look-ups), after which the picture tower
 and the word embeddings stand still, so visual tokens are computed once for 12,288 training pictures; start cells are drawn anew each
 time. From there

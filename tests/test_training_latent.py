@@ -155,8 +155,9 @@ def test_a_learned_stop_thinks_once_a_step_and_asks_every_state_to_go_on(opened:
     torch.testing.assert_close(lost.stop, -said[counted].mean(), atol=1e-5, rtol=1e-5)
 
 
-def test_a_run_that_was_killed_goes_on_bit_for_bit(speaker: Path, tmp_path: Path) -> None:
-    recipe = Latent.read(FAST)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_that_was_killed_goes_on_bit_for_bit(speaker: Path, tmp_path: Path, optimizer: str) -> None:
+    recipe = Latent.read({**FAST, "optimizer": optimizer})
     whole = trained(recipe, speaker, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         trained(recipe, speaker, tmp_path / "killed", dies_after=6 * recipe.batch)

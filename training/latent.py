@@ -32,6 +32,7 @@ from monologue.backends.perception.modes import MODES, Mode
 from monologue.backends.perception.prompts import Prompts, prompts
 from monologue.training.internalise import Lesson, Objective, internalisation
 from monologue.training.loop import StreamTrainer, arguments
+from monologue.training.muon import MuonAdamW
 from monologue.training.recipe import RecipeError, follow
 from monologue.training.reinforce import latest
 
@@ -71,10 +72,12 @@ class Latent(BaseModel):
     """Optimizer steps of each stage; the first is the explicit one, so there is a latent step less than entries; 0 leaves a stage out."""
     batch: int = Field(16, ge=1)
     """Rationales a step."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """``muon``: on matrices, AdamW on the rest; for small models (``training.muon``)."""
     lr: float = Field(4e-5, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     weight_decay: float = Field(0.01, ge=0)
-    """Of AdamW."""
+    """Of the matrices with Muon, of all with AdamW."""
     clip: float = Field(1.0, gt=0)
     """Largest norm of a gradient."""
     warmup: int = Field(20, ge=1)
@@ -206,7 +209,7 @@ class _Training:
             "disable_tqdm": True,
         }
         settings = arguments(self.out / STATE, steps=sum(recipe.steps), batch=1, lr=recipe.lr, seed=recipe.seed, **{**own, **more})
-        groups = [{"params": self.model.trained, "lr": recipe.lr}]
+        groups = [{"params": [one for _, one in self.model.trained], "lr": recipe.lr}]
         self.trainer = _StagedTrainer(recipe, self.model, groups, self, self.loss, settings, callbacks=[_Ended(self)])
         done = 0 if start is None else int(json.loads((start / "trainer_state.json").read_text())["global_step"])
         self._reopen(done)
@@ -265,8 +268,8 @@ class _Learner(nn.Module):
             parameter.requires_grad_(not any(part in name for part in frozen))
 
     @property
-    def trained(self) -> list[nn.Parameter]:
-        return [one for one in self.model.parameters() if one.requires_grad]
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, one) for name, one in self.model.named_parameters() if one.requires_grad]
 
     def train(self, mode: bool = True) -> _Learner:
         super().train(False)
@@ -280,11 +283,18 @@ class _Learner(nn.Module):
 
 
 class _StagedTrainer(StreamTrainer):
-    """With the recipe's learning rates."""
+    """With the recipe's optimizer and learning rates."""
 
     def __init__(self, recipe: Latent, *rest: Any, **options: Any) -> None:
         super().__init__(*rest, **options)
         self._recipe = recipe
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self._recipe.optimizer == "adamw" or self.optimizer is not None:
+            return super().create_optimizer(model)
+        a, learner = self.args, self.accelerator.unwrap_model(self.model)
+        self.optimizer = MuonAdamW(learner.trained, a.learning_rate, a.weight_decay, (a.adam_beta1, a.adam_beta2))
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:

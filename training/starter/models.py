@@ -77,8 +77,8 @@ def build_answerer(seed: int, tokenizer: PreTrainedTokenizerFast, layers: int = 
     return _sighted(text, {"depth": 2, "embed_dim": 96}, [4, 6, 6], 1e6, tokenizer, seed)
 
 
-def build_speaker(seed: int, tokenizer: PreTrainedTokenizerFast, width: int = 64, layers: int = 2) -> Qwen2VLForConditionalGeneration:
-    """The smallest model that learns the hops world: two layers cannot take more than two look-ups in series."""
+def build_speaker(seed: int, tokenizer: PreTrainedTokenizerFast, width: int = 64, layers: int = 3) -> Qwen2VLForConditionalGeneration:
+    """The smallest that learns the hops world: three layers find the start in a question and look up once; four look-ups are too many."""
     size = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers, "head_dim": width // HEADS}
     half = width // HEADS // 2
     sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
