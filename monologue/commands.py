@@ -165,7 +165,7 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.what == "latent":
         from monologue.interference import evaluate_latent
 
-        return evaluate_latent(options)
+        return evaluate_latent(options, task_of(options))
     if options.controls:
         raise UsageError("--controls examines latent steps: monologue eval latent --controls; for graphs there is --control")
     from monologue.evaluation import evaluate_graphs

@@ -10,16 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from monologue.asked import check_writable, settle_latent
-from monologue.commands import task_of
 from monologue.output import write_json
 from monologue.tables import table
-from monologue.tasks.base import Problem
+from monologue.tasks.base import Problem, Task
 from monologue.usage import UsageError
 
 BATCH = 64
 
 
-def evaluate_latent(options: argparse.Namespace) -> int:
+def evaluate_latent(options: argparse.Namespace, task: Task) -> int:
     """Prints the tables. Raises UsageError, BackendError, TaskError."""
     import torch
 
@@ -37,7 +36,7 @@ def evaluate_latent(options: argparse.Namespace) -> int:
     habit = Habit.load(place(source))
     checkpoint = open_checkpoint(source, device="cpu", dtype=torch.float32)
     inputs = Inputs(checkpoint)
-    problems = list(task_of(options).problems(options.split or "test", options.n or 1000, 0))
+    problems = list(task.problems(options.split or "test", options.n or 1000, 0))
     exams = exams_of(checkpoint, inputs, problems)
     thinking = causal.Thinking(LatentReasoner(checkpoint.model, habit.mode), habit, inputs.banned, options.seed)
     names = causal.CONTROLS if options.controls in (None, "all") else tuple(name.strip() for name in options.controls.split(","))
