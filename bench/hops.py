@@ -55,7 +55,7 @@ from monologue.training.starter.models import build_image_processor, build_speak
 HOPS, LOOKUPS, CELLS = 3, 4, speaker.CELLS
 POOL, EXAMINED = 12288, 128
 """Training pictures; problems of a batch under examination."""
-EXPLICIT, STAGE, BATCH, LR = 300, 250, 64, 2e-3
+EXPLICIT, STAGE, BATCH, LR = 300, 300, 32, 3e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +202,8 @@ def recipe_of(name: str, seed: int, plan: argparse.Namespace) -> Latent:
         steps = [plan.explicit + LOOKUPS * plan.stage]
     settings = {**arm.settings, **({"pause_id": 0} if arm.settings.get("thought") == "pause" else {})}
     frozen = ["visual", "embed_tokens"]
-    common = {"task": "hops", "lr": plan.lr, "batch": plan.batch, "warmup": 20, "save_every": 250, "clip": 1.0, "seed": seed}
+    common = {"task": "hops", "lr": plan.lr, "batch": plan.batch, "warmup": 30, "save_every": 200, "clip": 1.0, "seed": seed}
+    common |= {"optimizer": "muon", "floor": 0.1}
     return Latent.read({**common, "mode": arm.mode, "settings": settings, "anchor": arm.anchor, "steps": steps, "frozen": frozen})
 
 

@@ -202,6 +202,6 @@ def examine(speaker: Speaker, n: int) -> dict[str, float]:
         logits, labels = speaker.spoken(batch)
         hits = (logits.argmax(-1) == labels).float()
         counts = (batch.labels[:, 1:] != IGNORED).sum(1).tolist()
-        whole = torch.stack([one.min() for one in torch.split(hits, counts)])  # type: ignore[no-untyped-call]
+        whole = torch.stack([one.min() for one in torch.split(hits, counts)])
         found[name] = float((hits if name == "look-ups" else whole).mean())
     return {name: round(value, 4) for name, value in found.items()}
