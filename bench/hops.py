@@ -55,7 +55,7 @@ from monologue.training.starter.models import build_image_processor, build_speak
 HOPS, LOOKUPS, CELLS = 3, 4, speaker.CELLS
 POOL, EXAMINED = 12288, 128
 """Training pictures; problems of a batch under examination."""
-EXPLICIT, STAGE, BATCH, LR = 300, 300, 32, 3e-3
+EXPLICIT, STAGE, BATCH, LR = 500, 300, 32, 3e-3
 
 
 @dataclass(frozen=True, slots=True)

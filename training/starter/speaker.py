@@ -179,7 +179,7 @@ def learn(speaker: Speaker, stage: Stage, seed: int, curve: Curve) -> None:
         fit(stage, speaker.tower(), boards(f"see/{seed}", stage.batch), lambda pair: speaker.see_loss(*pair), curve)
     elif stage.name in ("drill", "seats"):
         stream = drills(speaker.words, stage, seed) if stage.name == "drill" else seats(speaker.words, stage, seed)
-        fit(stage, speaker.language(), stream, speaker.speak_loss, curve, lambda: examine(speaker, 200))
+        fit(stage, speaker.language(), stream, speaker.speak_loss, curve, lambda: examine(speaker, 100))
     else:
         raise ValueError(f"unknown stage {stage.name!r}; expected see, drill or seats")
 
