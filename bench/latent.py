@@ -33,7 +33,7 @@ from monologue.backends.perception.ivtlr import OURS, REFERENCE, Asked, LatentRe
 
 CONFIGURATIONS = {"8x512": (8, 512, 8000), "4x64": (4, 64, 512)}
 """Layers, width, vocabulary."""
-GRID, STEPS, K, WORDS, SPOKEN, BATCH = 10, 3, 32, 30, 7, 32
+GRID, STEPS, K, WORDS, SPOKEN, BATCH = 10, 3, 32, 98, 7, 32
 ARMS = {
     "released": (None, 1),
     "reference": (REFERENCE, 1),

@@ -15,8 +15,12 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from monologue.backends.base import RequestRefused
+from monologue.backends.checkpoints import open_checkpoint
+from monologue.backends.inputs import Inputs
 from monologue.backends.perception.ivtlr import OURS, PAPER, REFERENCE, Asked, Edits, LatentReasoner, Mode, Prompts, Thoughts, prompts
+from monologue.backends.perception.prompts import positions
 from monologue.backends.perception.reading import decoder
+from monologue.tasks.shapes import Shapes
 from tests import tiny_models as tiny
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
@@ -346,3 +350,30 @@ def test_reference_mode_equals_the_released_code() -> None:
     for row in latent_reference.compare(place, 1, steps=(0, 3), ks=(8, 32)):
         assert row["sets_equal"] == row["words_equal"] == row["inputs"]
         assert row["states"] <= CLOSE and row["logits"] <= CLOSE
+
+
+def test_the_shipped_answerer_thinks_and_what_it_sampled_is_replayed() -> None:
+    checkpoint = open_checkpoint("starter:answerer", device="cpu", dtype=torch.float32)
+    inputs, model = Inputs(checkpoint), checkpoint.model
+    problems = list(Shapes().problems("validation", 3))
+    given = []
+    for words, problem in zip((3, 5, 9), problems, strict=True):
+        picture = problem.pictures[0]()
+        pixels, grids = inputs.pixels([picture])
+        room = inputs.placeholders(picture).count
+        ids = (20, *[checkpoint.model.config.image_token_id] * room, *range(30, 30 + words))
+        assert torch.equal(inputs.positions(ids, grids), positions(model, Asked(ids, pixels, grids)))
+        given.append(Asked(ids, pixels, grids, inputs.positions(ids, grids)))
+    with torch.no_grad():
+        reasoner = LatentReasoner(model, replace(OURS, k=4))
+        thoughts = reasoner.think(prompts(model, given), 2)
+        logits, said, values = reasoner.say(thoughts.last), [], []
+        for _ in range(4):
+            said.append(logits.softmax(-1).multinomial(1, generator=torch.Generator().manual_seed(len(said))).squeeze(1))
+            values.append(logits.log_softmax(-1).gather(1, said[-1][:, None]).squeeze(1))
+            logits = reasoner.hear(thoughts, said[-1])
+        for lane, one in enumerate(given):
+            again = reasoner.think(prompts(model, [one]), 2, chosen=thoughts.chosen[lane : lane + 1])
+            ids = torch.stack(said, 1)[lane : lane + 1]
+            replayed = reasoner.read(again, ids).log_softmax(-1).gather(2, ids[..., None])[0, :, 0]
+            assert torch.allclose(replayed, torch.stack(values, 1)[lane], rtol=0, atol=1e-4)
