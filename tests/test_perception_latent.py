@@ -336,6 +336,31 @@ def test_a_placed_patch_keeps_its_place_in_the_picture(models: dict[str, Any]) -
     assert words[:, 0].tolist() == [[after + 1, after + 2, after + 3]] * 3
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+def test_gradient_checkpointing_is_refused_where_it_would_drop_what_was_read_and_right_elsewhere() -> None:
+    model, given = tiny.exact(tiny.seeing_model("qwen2")), ragged("qwen2")
+    wanted = torch.autograd.grad(loss_of(model, MODES["ours"], given), decoder(model).layers[0].parameters())
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(ValueError, match="gradient checkpointing drops keys and values"):
+        run(model, MODES["ours"], given, 1)
+    found = torch.autograd.grad(loss_of(model, MODES["ours"], given, cached=False), decoder(model).layers[0].parameters())
+    assert all(close(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_around_the_model_is_looked_through_and_trained() -> None:
+    peft = pytest.importorskip("peft")
+    model, given = tiny.exact(tiny.seeing_model("qwen2")), ragged("qwen2")
+    plain = loss_of(model, MODES["ours"], given).item()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=True)).double()
+    loss = loss_of(wrapped, MODES["ours"], given)
+    assert abs(loss.item() - plain) < CLOSE
+    loss.backward()  # type: ignore[no-untyped-call]
+    trained = [weight.grad for name, weight in wrapped.named_parameters() if "lora_B" in name and "language_model" in name]
+    assert trained and all(grad is not None and float(grad.abs().max()) > 0 for grad in trained)
+
+
 def test_a_model_that_forgets_is_refused() -> None:
     model = Qwen3ForCausalLM(Qwen3Config(**tiny.text_size(), use_sliding_window=True, sliding_window=8, max_window_layers=1))
     with pytest.raises(ValueError, match="full attention in every layer"):
