@@ -17,10 +17,10 @@ from monologue.backends.serving.latent import ENVIRONMENT, Thinking
 from monologue.backends.serving.launch import Server
 from tests_real.served.kit import Start, post
 
-THINKING = Thinking(id=139, after=21, steps=3)
+THINKING = Thinking(id=139, after=5, steps=3)
 PLAIN = Sampling(temperature=1.0)
 CLOSE, WORDS = 1e-4, 8
-PROMPTS = [[1, 40, 55, 60, 21], [1, 33, 44], [1, 90, 91, 92, 93, 94, 95, 21], [21], [1, 50, 21, 66, 67]]
+PROMPTS = [[1, 40, 55, 60, 5], [1, 33, 44], [1, 90, 91, 92, 93, 94, 95, 5], [5], [1, 50, 5, 66, 67]]
 """The second and the last do not think: no thought follows what has been said since."""
 Reply = tuple[list[int], list[float]]
 
