@@ -73,7 +73,9 @@ class Gate:
     """Lets everybody through until it is closed; who closes it waits until those inside have left. One closes it at a time."""
 
     def __init__(self) -> None:
-        self._inside, self._open, self._empty = 0, asyncio.Event(), asyncio.Event()
+        self.inside = 0
+        """How many are inside."""
+        self._open, self._empty = asyncio.Event(), asyncio.Event()
         self._open.set()
         self._empty.set()
 
@@ -82,13 +84,13 @@ class Gate:
         """A place inside, as soon as the gate is open."""
         while not self._open.is_set():
             await self._open.wait()
-        self._inside += 1
+        self.inside += 1
         self._empty.clear()
         try:
             yield
         finally:
-            self._inside -= 1
-            if not self._inside:
+            self.inside -= 1
+            if not self.inside:
                 self._empty.set()
 
     @asynccontextmanager
@@ -122,6 +124,11 @@ class Fleet:
     def wires(self) -> list[Wire]:
         """Every server, none twice."""
         return list({wire.url: wire for _, behind in self._fronts for wire in behind}.values())
+
+    @property
+    def under_way(self) -> int:
+        """Requests that were sent and are not answered yet."""
+        return self._gate.inside
 
     @property
     def _named(self) -> str | None:
