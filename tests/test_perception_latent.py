@@ -402,3 +402,33 @@ def test_the_shipped_answerer_thinks_and_what_it_sampled_is_replayed() -> None:
             ids = torch.stack(said, 1)[lane : lane + 1]
             replayed = reasoner.read(again, ids).log_softmax(-1).gather(2, ids[..., None])[0, :, 0]
             assert torch.allclose(replayed, torch.stack(values, 1)[lane], rtol=0, atol=1e-4)
+
+
+def test_reference_mode_trains_as_the_released_code_does() -> None:
+    """Same loss, same gradients everywhere; but what the released code owes to a state falls on the placeholder's own embedding."""
+    place = released_ivtlr.checkout()
+    if place is None:
+        pytest.skip(released_ivtlr.HOW)
+    base = released_ivtlr.model(2, 64, 512).requires_grad_(True)
+    ids, pixels, grids = released_ivtlr.prompt(12, 10, 0, 512, torch.float64)
+    said, steps, k = [20, 31, 42, 53, 1], 2, 8
+    fed = torch.tensor([[*ids, *[released_ivtlr.LATENT] * steps, *said]])
+    theirs = released_ivtlr.released(base, k, place).forward(
+        input_ids=fed,
+        attention_mask=torch.ones_like(fed),
+        labels=torch.tensor([[*[-100] * (len(ids) + steps), *said]]),
+        position_ids=torch.arange(fed.shape[1])[None],
+        pixel_values=pixels,
+        image_grid_thw=grids,
+    )
+    reasoner = LatentReasoner(base, replace(REFERENCE, k=k))
+    thoughts = reasoner.think(prompts(base, [Asked(ids, pixels, grids)]), steps)
+    ours = torch.nn.functional.cross_entropy(reasoner.read(thoughts, torch.tensor([said]))[0], torch.tensor(said))
+    assert abs(ours.item() - theirs.loss.item()) < CLOSE
+    weights = dict(base.named_parameters())
+    pairs = [torch.autograd.grad(loss, list(weights.values()), retain_graph=True) for loss in (ours, theirs.loss)]
+    for name, one, other in zip(weights, *pairs, strict=True):
+        if name.endswith("embed_tokens.weight"):
+            assert float(one[released_ivtlr.LATENT].abs().max()) == 0 < float(other[released_ivtlr.LATENT].abs().max())
+            one, other = (grad.index_fill(0, torch.tensor([released_ivtlr.LATENT]), 0.0) for grad in (one, other))
+        assert torch.allclose(one, other, rtol=0, atol=1e-6 * float(other.abs().max())), name  # their norms are in float32
