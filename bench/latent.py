@@ -107,23 +107,22 @@ def timed(answer: Callable[[int], None], seed: int, vocabulary: int, device: str
     return time.perf_counter() - wall, time.process_time() - own
 
 
-def peak(arm: str, base: Any, place: Path, vocabulary: int, device: str) -> float:
+def peak(answer: Callable[[int], None], device: str) -> float:
     """MiB that one call needs above the loaded model; on a CPU in a forked process, whose heap no other arm has stretched."""
     if device != "cpu":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        way(arm, base, place, vocabulary, device)(0)
+        answer(0)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     given, taken = multiprocessing.get_context("fork").Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=_grown, args=(taken, arm, base, place, vocabulary))
+    child = multiprocessing.get_context("fork").Process(target=_grown, args=(taken, answer))
     child.start()
     found: float = given.recv()
     child.join()
     return found
 
 
-def _grown(told: Any, arm: str, base: Any, place: Path, vocabulary: int) -> None:
-    answer = way(arm, base, place, vocabulary, "cpu")
+def _grown(told: Any, answer: Callable[[int], None]) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # forgets the highest resident set so far
     before = resident("VmRSS")
     answer(0)
@@ -140,7 +139,7 @@ def resident(name: str) -> int:
 def measure(configuration: str, repeats: int, device: str, place: Path) -> list[dict[str, Any]]:
     layers, width, vocabulary = CONFIGURATIONS[configuration]
     base = model(layers, width, vocabulary, dtype=torch.float32).to(device)
-    peaks = {arm: [peak(arm, base, place, vocabulary, device) for _ in range(2)] for arm in ARMS}
+    peaks = {arm: [peak(way(arm, base, place, vocabulary, device), device) for _ in range(2)] for arm in ARMS}
     seconds: dict[str, list[tuple[float, float]]] = {arm: [] for arm in ARMS}
     counted = {}
     for repeat in range(-1, repeats):
@@ -154,11 +153,11 @@ def measure(configuration: str, repeats: int, device: str, place: Path) -> list[
     for arm, (_, batch) in ARMS.items():
         wall, own = ([pair[side] / batch for pair in seconds[arm]] for side in (0, 1))
         facts = {"configuration": configuration, "arm": arm, "batch": batch, "token_positions": counted[arm] / batch}
-        rows.append({**facts, "seconds": _spread(wall), "processor_seconds": _spread(own), "peak_mib": _spread(peaks[arm])})
+        rows.append({**facts, "seconds": spread(wall), "processor_seconds": spread(own), "peak_mib": spread(peaks[arm])})
     return rows
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
