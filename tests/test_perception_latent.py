@@ -15,8 +15,12 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from monologue.backends.base import RequestRefused
+from monologue.backends.checkpoints import open_checkpoint
+from monologue.backends.inputs import Inputs
 from monologue.backends.perception.ivtlr import OURS, PAPER, REFERENCE, Asked, Edits, LatentReasoner, Mode, Prompts, Thoughts, prompts
+from monologue.backends.perception.prompts import positions
 from monologue.backends.perception.reading import decoder
+from monologue.tasks.shapes import Shapes
 from tests import tiny_models as tiny
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
@@ -332,6 +336,31 @@ def test_a_placed_patch_keeps_its_place_in_the_picture(models: dict[str, Any]) -
     assert words[:, 0].tolist() == [[after + 1, after + 2, after + 3]] * 3
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+def test_gradient_checkpointing_is_refused_where_it_would_drop_what_was_read_and_right_elsewhere() -> None:
+    model, given = tiny.exact(tiny.seeing_model("qwen2")), ragged("qwen2")
+    wanted = torch.autograd.grad(loss_of(model, MODES["ours"], given), decoder(model).layers[0].parameters())
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(ValueError, match="gradient checkpointing drops keys and values"):
+        run(model, MODES["ours"], given, 1)
+    found = torch.autograd.grad(loss_of(model, MODES["ours"], given, cached=False), decoder(model).layers[0].parameters())
+    assert all(close(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_around_the_model_is_looked_through_and_trained() -> None:
+    peft = pytest.importorskip("peft")
+    model, given = tiny.exact(tiny.seeing_model("qwen2")), ragged("qwen2")
+    plain = loss_of(model, MODES["ours"], given).item()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=True)).double()
+    loss = loss_of(wrapped, MODES["ours"], given)
+    assert abs(loss.item() - plain) < CLOSE
+    loss.backward()  # type: ignore[no-untyped-call]
+    trained = [weight.grad for name, weight in wrapped.named_parameters() if "lora_B" in name and "language_model" in name]
+    assert trained and all(grad is not None and float(grad.abs().max()) > 0 for grad in trained)
+
+
 def test_a_model_that_forgets_is_refused() -> None:
     model = Qwen3ForCausalLM(Qwen3Config(**tiny.text_size(), use_sliding_window=True, sliding_window=8, max_window_layers=1))
     with pytest.raises(ValueError, match="full attention in every layer"):
@@ -346,3 +375,60 @@ def test_reference_mode_equals_the_released_code() -> None:
     for row in latent_reference.compare(place, 1, steps=(0, 3), ks=(8, 32)):
         assert row["sets_equal"] == row["words_equal"] == row["inputs"]
         assert row["states"] <= CLOSE and row["logits"] <= CLOSE
+
+
+def test_the_shipped_answerer_thinks_and_what_it_sampled_is_replayed() -> None:
+    checkpoint = open_checkpoint("starter:answerer", device="cpu", dtype=torch.float32)
+    inputs, model = Inputs(checkpoint), checkpoint.model
+    problems = list(Shapes().problems("validation", 3))
+    given = []
+    for words, problem in zip((3, 5, 9), problems, strict=True):
+        picture = problem.pictures[0]()
+        pixels, grids = inputs.pixels([picture])
+        room = inputs.placeholders(picture).count
+        ids = (20, *[checkpoint.model.config.image_token_id] * room, *range(30, 30 + words))
+        assert torch.equal(inputs.positions(ids, grids), positions(model, Asked(ids, pixels, grids)))
+        given.append(Asked(ids, pixels, grids, inputs.positions(ids, grids)))
+    with torch.no_grad():
+        reasoner = LatentReasoner(model, replace(OURS, k=4))
+        thoughts = reasoner.think(prompts(model, given), 2)
+        logits, said, values = reasoner.say(thoughts.last), [], []
+        for _ in range(4):
+            said.append(logits.softmax(-1).multinomial(1, generator=torch.Generator().manual_seed(len(said))).squeeze(1))
+            values.append(logits.log_softmax(-1).gather(1, said[-1][:, None]).squeeze(1))
+            logits = reasoner.hear(thoughts, said[-1])
+        for lane, one in enumerate(given):
+            again = reasoner.think(prompts(model, [one]), 2, chosen=thoughts.chosen[lane : lane + 1])
+            ids = torch.stack(said, 1)[lane : lane + 1]
+            replayed = reasoner.read(again, ids).log_softmax(-1).gather(2, ids[..., None])[0, :, 0]
+            assert torch.allclose(replayed, torch.stack(values, 1)[lane], rtol=0, atol=1e-4)
+
+
+def test_reference_mode_trains_as_the_released_code_does() -> None:
+    """Same loss, same gradients everywhere; but what the released code owes to a state falls on the placeholder's own embedding."""
+    place = released_ivtlr.checkout()
+    if place is None:
+        pytest.skip(released_ivtlr.HOW)
+    base = released_ivtlr.model(2, 64, 512).requires_grad_(True)
+    ids, pixels, grids = released_ivtlr.prompt(12, 10, 0, 512, torch.float64)
+    said, steps, k = [20, 31, 42, 53, 1], 2, 8
+    fed = torch.tensor([[*ids, *[released_ivtlr.LATENT] * steps, *said]])
+    theirs = released_ivtlr.released(base, k, place).forward(
+        input_ids=fed,
+        attention_mask=torch.ones_like(fed),
+        labels=torch.tensor([[*[-100] * (len(ids) + steps), *said]]),
+        position_ids=torch.arange(fed.shape[1])[None],
+        pixel_values=pixels,
+        image_grid_thw=grids,
+    )
+    reasoner = LatentReasoner(base, replace(REFERENCE, k=k))
+    thoughts = reasoner.think(prompts(base, [Asked(ids, pixels, grids)]), steps)
+    ours = torch.nn.functional.cross_entropy(reasoner.read(thoughts, torch.tensor([said]))[0], torch.tensor(said))
+    assert abs(ours.item() - theirs.loss.item()) < CLOSE
+    weights = dict(base.named_parameters())
+    pairs = [torch.autograd.grad(loss, list(weights.values()), retain_graph=True) for loss in (ours, theirs.loss)]
+    for name, one, other in zip(weights, *pairs, strict=True):
+        if name.endswith("embed_tokens.weight"):
+            assert float(one[released_ivtlr.LATENT].abs().max()) == 0 < float(other[released_ivtlr.LATENT].abs().max())
+            one, other = (grad.index_fill(0, torch.tensor([released_ivtlr.LATENT]), 0.0) for grad in (one, other))
+        assert torch.allclose(one, other, rtol=0, atol=1e-6 * float(other.abs().max())), name  # their norms are in float32

@@ -27,17 +27,19 @@ from torch import Tensor
 
 from monologue.backends.perception.modes import MODES, OURS, PAPER, REFERENCE, Mode
 from monologue.backends.perception.prompts import Asked, Prompts, prompts
-from monologue.backends.perception.reading import onward, text
+from monologue.backends.perception.reading import bare, onward, text
 from monologue.backends.perception.thoughts import Edits, Halt, Thinking, Thoughts
 
 __all__ = ["MODES", "OURS", "PAPER", "REFERENCE", "Asked", "Edits", "LatentReasoner", "Mode", "Prompts", "Thoughts", "prompts"]
 
 
 class LatentReasoner:
-    """Takes latent steps with ``model`` (a ``...ForConditionalGeneration`` or ``...ForCausalLM``), in its own dtype and device."""
+    """Takes latent steps with ``model`` (a ``...ForConditionalGeneration`` or ``...ForCausalLM``, PEFT's wrapper around it or not), in its
+    own dtype and on its device.
+    """
 
     def __init__(self, model: Any, mode: Mode = OURS) -> None:
-        self.model, self.mode = model, mode
+        self.model, self.mode = bare(model), mode
 
     def think(
         self,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from monologue.backends.base import RequestRefused
 from monologue.backends.inputs import rope
+from monologue.backends.perception.reading import bare
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ def prompts(model: Any, asked: Sequence[Asked]) -> Prompts:
     """Embeds a batch; gradients reach word embeddings and tower. Raises RequestRefused for pictures that do not fit."""
     if not asked or any(not one.ids for one in asked):
         raise RequestRefused(f"expected prompts of at least one id, got lengths {[len(one.ids) for one in asked]}")
+    model = bare(model)
     device, length = model.device, max(len(one.ids) for one in asked)
     rows = [positions(model, one) for one in asked]
     ids = torch.zeros(len(asked), length, dtype=torch.long)

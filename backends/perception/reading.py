@@ -65,6 +65,11 @@ def onward(following: Tensor, valid: Tensor) -> Tensor:
     return following.unsqueeze(1) + steps.cumsum(1) - steps
 
 
+def bare(model: Any) -> Any:
+    """Without PEFT's wrapper; its layers stand in the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def decoder(model: Any) -> Any:
     """The language model inside: of a model that sees, or of a text model. Raises ValueError for one that forgets (sliding windows)."""
     found = getattr(model.model, "language_model", model.model)
@@ -78,7 +83,10 @@ class Reader:
     """State of a batch that is being read."""
 
     def __init__(self, model: Any, *, cached: bool = True) -> None:
+        """Raises ValueError for a model that would drop what is kept."""
         self._model = decoder(model)
+        if cached and model.training and any(getattr(layer, "gradient_checkpointing", False) for layer in self._model.layers):
+            raise ValueError("gradient checkpointing drops keys and values; turn it off, or think(..., cached=False)")
         self.cache: Any = DynamicCache() if cached else None
         self._read: Block | None = None
 
@@ -87,12 +95,6 @@ class Reader:
         """P."""
         assert self._read is not None
         return len(self._read.positions)
-
-    @property
-    def seen(self) -> Tensor:
-        """(B, S) bool: what a word that follows may look at."""
-        assert self._read is not None
-        return self._read.valid & ~(self._read.picture & self._read.blind[:, -1:])
 
     def read(self, block: Block, *, row: bool = False) -> tuple[Tensor, Tensor | None]:
         """Last hidden states (B, L, D), and with ``row`` the attention (B, S) of each lane's last valid place, hidden pictures weighed."""

@@ -164,7 +164,7 @@ class Thinking:
         return text(fed.unsqueeze(1)[:, :size], valid, places, blind=self._mode.bottleneck != "off")
 
     def _look(self, patches: Tensor, chosen: Tensor) -> Block:
-        """The patches' places, no wider than the lane with most needs; every real one comes before every empty one."""
+        """The patches' places, no wider than the last real one of any lane."""
         valid = chosen >= 0
         valid = valid[:, : int((valid * torch.arange(1, valid.shape[1] + 1, device=valid.device)).amax()) if valid.numel() else 0]
         if self._mode.positions == "placed" and valid.shape[1]:
