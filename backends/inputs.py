@@ -70,7 +70,6 @@ class Inputs(Eyes):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint.model.config, checkpoint.image_processor, checkpoint.source)
         self._model = checkpoint.model
-        self._word = next(token for token in range(len(self.banned) + 1) if token not in self.banned)
         self._rope = lru_cache(maxsize=1024)(self._rope_of)
         self.vocabulary = int(self._model.get_input_embeddings().num_embeddings)
 
@@ -85,9 +84,15 @@ class Inputs(Eyes):
         return self._rope(len(ids), places, tuple(map(tuple, grids.tolist())))
 
     def _rope_of(self, length: int, places: tuple[int, ...], grids: tuple[tuple[int, ...], ...]) -> Tensor:
-        """The model's own answer; it depends on where pictures stand and on nothing else of the ids."""
-        kinds = torch.zeros(1, length, dtype=torch.int)
-        kinds[0, list(places)] = 1
-        tokens = torch.where(kinds.bool(), self.image_token_id or 0, self._word)
-        positions: Tensor = self._model.model.get_rope_index(tokens, mm_token_type_ids=kinds, image_grid_thw=torch.tensor(grids))[0]
-        return positions[:, 0]
+        return rope(self._model, length, places, grids)
+
+
+def rope(model: Any, length: int, places: Sequence[int], grids: Sequence[Sequence[int]]) -> Tensor:
+    """(3, L), the model's own answer; it depends on where placeholders stand (``places``) and on nothing else of the ids."""
+    kinds = torch.zeros(1, length, dtype=torch.int)
+    kinds[0, list(places)] = 1
+    image, video = model.config.image_token_id, getattr(model.config, "video_token_id", None)
+    word = next(token for token in range(3) if token not in (image, video))
+    tokens = torch.where(kinds.bool(), image, word)
+    positions: Tensor = model.model.get_rope_index(tokens, mm_token_type_ids=kinds, image_grid_thw=torch.tensor(grids))[0]
+    return positions[:, 0]

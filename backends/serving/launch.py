@@ -16,10 +16,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 from monologue.backends.base import BackendUnavailable
 from monologue.backends.places import fingerprint
@@ -48,6 +48,7 @@ CPU_FLAGS = (
         "64",
     ),
 )
+NOTHING: Mapping[str, str] = MappingProxyType({})
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -104,11 +105,11 @@ def lora_flags(rank: int, device: str = "cuda") -> list[str]:
     return ["--enable-lora", "--max-lora-rank", str(rank), "--lora-target-modules", *LORA_MODULES, *backend]
 
 
-def environment(device: str) -> dict[str, str]:
-    """This process's environment and what the server needs beside."""
-    if device != "cpu":
-        return {**os.environ, **ON_ANY}
-    return {**os.environ, **ON_ANY, **ON_CPU, "PYTHONPATH": str(STANDINS)}
+def environment(device: str, extra: Mapping[str, str] = NOTHING) -> dict[str, str]:
+    """This process's environment and what the server needs beside. A path in ``extra`` is put before those that are there."""
+    own = {**os.environ, **ON_ANY} if device != "cpu" else {**os.environ, **ON_ANY, **ON_CPU, "PYTHONPATH": str(STANDINS)}
+    paths = [found for found in (extra.get("PYTHONPATH"), own.get("PYTHONPATH")) if found]
+    return {**own, **extra, **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
 
 
 def free_port() -> int:
@@ -125,10 +126,13 @@ def launch(
     device: str = "cuda",
     dtype: str = "",
     flags: Sequence[str] = (),
+    extra: Mapping[str, str] = NOTHING,
     log: Path,
     wait: float = 600.0,
 ) -> Server:
-    """Starts a server and waits until it answers. Raises BackendUnavailable with the end of its log where it does not."""
+    """Starts a server, with ``extra`` in its environment, and waits until it answers. Raises BackendUnavailable with the end of its log
+    where it does not.
+    """
     port = port or free_port()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as sink:
@@ -137,7 +141,7 @@ def launch(
             stdout=sink,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=environment(device),
+            env=environment(device, extra),
             start_new_session=True,
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,9 +25,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     assert PYTHON.is_file(), "SGLang is not installed; run tests_real/install_sglang.sh (make test-sglang does)"
     logs, started = tmp_path_factory.mktemp("logs"), list[Server]()
 
-    def one(role: str, *flags: str, port: int | None = None) -> Server:
+    def one(role: str, *flags: str, port: int | None = None, **more: Any) -> Server:
         log = logs / f"{role}-{len(started)}.log"
-        started.append(launch(str(starter(role)), python=str(PYTHON), device="cpu", log=log, port=port, flags=flags))
+        started.append(launch(str(starter(role)), python=str(PYTHON), device="cpu", log=log, port=port, flags=flags, **more))
         return started[-1]
 
     yield one

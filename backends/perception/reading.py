@@ -1,0 +1,127 @@
+"""Reading a batch block by block: the prompt, then each latent step, then words, every position seeing what came before it.
+
+A reader keeps keys and values (``cached``), which also serves training, because a cache that is concatenated carries gradients: one
+differentiable pass over every position once. Uncached, it runs all blocks again for each new one, as the released code does; that is
+four times the work and the same numbers, and exists to prove just that.
+
+Lanes are ragged: a block's places that are not ``valid`` are seen by nobody. Masks are four-dimensional and ours, so padding, hidden
+pictures and causality are one rule, the same for every family.
+
+Shapes: B lanes, L places of a block, S places so far, P position axes (1, or 3 for M-RoPE), D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from monologue.backends.perception.attended import Row, through
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What is read at once."""
+
+    embeds: Tensor
+    """(B, L, D)."""
+    valid: Tensor
+    """(B, L) bool."""
+    positions: Tensor
+    """(P, B, L)."""
+    picture: Tensor
+    """(B, L) bool: places of the picture itself."""
+    blind: Tensor
+    """(B, L) bool: places that do not see the picture."""
+
+    @property
+    def last(self) -> Tensor:
+        """(B,) each lane's last valid place; 0 where it has none."""
+        return (self.valid * torch.arange(self.valid.shape[1], device=self.valid.device)).amax(1)
+
+    def then(self, more: Block) -> Block:
+        """Both, one after the other."""
+        names = ("embeds", "valid", "picture", "blind")
+        embeds, valid, picture, blind = (torch.cat([getattr(self, name), getattr(more, name)], dim=1) for name in names)
+        return Block(embeds, valid, torch.cat([self.positions, more.positions], dim=2), picture, blind)
+
+    def bare(self) -> Block:
+        """Without what is fed, for whoever needs only to know what may be seen."""
+        return replace(self, embeds=self.embeds[..., :0], positions=self.positions[..., :0])
+
+
+def text(embeds: Tensor, valid: Tensor, positions: Tensor, *, blind: bool) -> Block:
+    """A block without picture, none or all of whose places are blind."""
+    nowhere = torch.zeros_like(valid)
+    return Block(embeds, valid, positions, nowhere, torch.full_like(valid, blind))
+
+
+def onward(following: Tensor, valid: Tensor) -> Tensor:
+    """(B, L) positions one after another from ``following`` (B,); a place that is not ``valid`` (B, L) takes none."""
+    steps = valid.long()
+    return following.unsqueeze(1) + steps.cumsum(1) - steps
+
+
+def bare(model: Any) -> Any:
+    """Without PEFT's wrapper; its layers stand in the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder(model: Any) -> Any:
+    """The language model inside: of a model that sees, or of a text model. Raises ValueError for one that forgets (sliding windows)."""
+    found = getattr(model.model, "language_model", model.model)
+    kinds = set(getattr(found.config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(f"expected full attention in every layer of {type(model).__name__}, got {', '.join(sorted(kinds))}")
+    return found
+
+
+class Reader:
+    """State of a batch that is being read."""
+
+    def __init__(self, model: Any, *, cached: bool = True) -> None:
+        """Raises ValueError for a model that would drop what is kept."""
+        self._model = decoder(model)
+        if cached and model.training and any(getattr(layer, "gradient_checkpointing", False) for layer in self._model.layers):
+            raise ValueError("gradient checkpointing drops keys and values; turn it off, or think(..., cached=False)")
+        self.cache: Any = DynamicCache() if cached else None
+        self._read: Block | None = None
+
+    @property
+    def axes(self) -> int:
+        """P."""
+        assert self._read is not None
+        return len(self._read.positions)
+
+    def read(self, block: Block, *, row: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Last hidden states (B, L, D), and with ``row`` the attention (B, S) of each lane's last valid place, hidden pictures weighed."""
+        new = block if self.cache is None else block.bare()
+        self._read = whole = new if self._read is None else self._read.then(new)
+        length = block.valid.shape[1]
+        start = whole.valid.shape[1] - length
+        fed, offset = (whole, 0) if self.cache is None else (block, start)
+        at = block.last + start  # (B,)
+        keys = torch.arange(start + length, device=at.device)
+        asked = Row(at - offset, whole.valid & (keys <= at[:, None])) if row else Row(None, None)
+        with through(self._model.config, asked) as more:
+            out = self._model(
+                inputs_embeds=fed.embeds,
+                attention_mask=_mask(whole, offset, fed.embeds.dtype),
+                position_ids=fed.positions[0] if len(fed.positions) == 1 else fed.positions,
+                past_key_values=self.cache,
+                use_cache=self.cache is not None,
+                **more,
+            )
+        return out.last_hidden_state[:, -length:], asked.weights if row else None
+
+
+def _mask(whole: Block, offset: int, numbers: torch.dtype) -> Tensor:
+    """(B, 1, L, S) to be added to scores. Finite, because a padded query that sees nothing must not become nan."""
+    keys = torch.arange(whole.valid.shape[1], device=whole.valid.device)
+    causal = keys <= keys[offset:, None]  # (L, S)
+    open_ = causal & whole.valid[:, None] & ~(whole.blind[:, offset:, None] & whole.picture[:, None])  # (B, L, S)
+    lowest = max(torch.finfo(numbers).min, torch.finfo(torch.float32).min)
+    return torch.zeros_like(open_, dtype=numbers).masked_fill(~open_, lowest).unsqueeze(1)
