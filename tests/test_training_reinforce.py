@@ -164,6 +164,21 @@ def test_the_released_scripts_view_cannot_pass_the_gate_and_can_be_had_on_purpos
     assert [bare.ids[piece.start : piece.stop] for piece in bare.pieces] == said
 
 
+def test_immo_as_in_the_paper_runs_for_a_few_seconds(tmp_path: Path) -> None:
+    """Caption first, two questions, a conclusion; ppo on exact match alone; the price of KL adapts for whoever's turn it is."""
+    recipe = Reinforcement.read({**read_recipe("immo"), "problems": 4, "iterations": 2, "guards": {"entropy": None}})
+    learners = {role: Learner.open(source_of(recipe, role)) for role in recipe.trained}
+    lines = reinforce(recipe, tmp_path, learners, Rollouts(recipe, Shapes(["near"]), seated(recipe)))
+    moved = [name for name in ("questioner", "answerer") for line in lines if f"{name} explained" in line]
+    assert moved == ["questioner", "answerer"] and "questioner explained" in lines[0] and "answerer explained" in lines[1]
+    assert lines[1]["questioner penalty"] < 0.2 and lines[1]["answerer penalty"] < 0.2, "below 6 nats the price falls"
+    for episode in RunReader(tmp_path).episodes():
+        assert [call.role[0] for call in episode.calls() if call.action] == ["a", "q", "a", "q", "a", "q"]
+        assert next(call.node for call in episode.calls()) == "caption"
+        rewards = {(note.name, note.weight) for note in episode.annotations if note.weight and note.name != "advantage"}
+        assert rewards == {("exact_match", 1.0)}
+
+
 def test_recipes_refuse_what_cannot_be_honoured(capsys: pytest.CaptureFixture[str]) -> None:
     for settings, word in (
         ({"objective": {"name": "topr", "cap": 2.0}}, "cap"),

@@ -36,7 +36,7 @@ from monologue.training.recipe import RecipeError
 from monologue.training.reinforcement import Reinforcement
 from monologue.training.released import as_released
 from monologue.training.report import Report
-from monologue.training.rewards import REWARDS
+from monologue.training.rewards import REWARDS, Reward, Wanted
 from monologue.training.rows import Row
 from monologue.training.sources import Logged, Played, Source, Stage
 
@@ -59,9 +59,7 @@ def reinforce(
 
     Raises RecipeError, RunError, RowError, GateError, BackendError, PictureError.
     """
-    unknown = sorted(set(recipe.rewards) - set(REWARDS))
-    if unknown:
-        raise RecipeError(f"unknown rewards {', '.join(unknown)}; choose from {', '.join(sorted(REWARDS))}")
+    _wanted(recipe, stage)
     if bool(recipe.runs) == (stage is not None):
         raise RecipeError("expected either runs to learn from or a stage to play on, got " + ("both" if recipe.runs else "neither"))
     process = PartialState(cpu=recipe.device == "cpu")
@@ -214,7 +212,7 @@ class _Reinforcement:
         if stage is None:
             return Logged(recipe.runs, recipe.trained, recipe.rows, recipe.seed)
         alone = {"main": process.is_main_process, "wait": process.wait_for_everyone}
-        return Played(self.out, stage, self.learners, recipe.rewards, self.version, keep=recipe.keep, **alone)
+        return Played(self.out, stage, self.learners, _wanted(recipe, stage), self.version, keep=recipe.keep, **alone)
 
     def _groups(self) -> list[dict[str, Any]]:
         critics = {role: list(self.policies.critics[role].parameters()) for role in self.policies.critics}
@@ -253,6 +251,16 @@ class _Closing(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self._training.recipe.steps == 0:
             self._training.close()
+
+
+def _wanted(recipe: Reinforcement, stage: Stage | None) -> Wanted:
+    """What is to be said of each episode, with weights; what a kind of credit has to know is said with weight 0. Raises RecipeError."""
+    known: dict[str, Reward] = {**REWARDS, **stage.rewards()} if stage else REWARDS
+    weights = {**recipe.rewards, **({credit.COUNTERFACTUAL: 0.0} if recipe.credit == credit.COUNTERFACTUAL else {})}
+    unknown = sorted(set(weights) - set(known))
+    if unknown:
+        raise RecipeError(f"unknown rewards {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
+    return {name: (known[name], weight) for name, weight in weights.items()}
 
 
 def latest(folder: Path) -> Path | None:

@@ -12,6 +12,24 @@ from monologue.training.gate import TOLERANCE, Guards
 from monologue.training.objectives import Grpo, Objective
 from monologue.training.recipe import follow
 
+PLAYING = frozenset(
+    [
+        "problems",
+        "samples",
+        "temperature",
+        "top_p",
+        "max_tokens",
+        "max_turns",
+        "examine_every",
+        "families",
+        "graph",
+        "task",
+        "rewards",
+        "judge",
+    ]
+)
+"""Keys that say how to play."""
+
 
 class Reinforcement(BaseModel):
     """Which policies are reinforced, on what experience, and how. Keys that do not exist are refused."""
@@ -71,7 +89,9 @@ class Reinforcement(BaseModel):
     discount: float = Field(default=1.0, gt=0, le=1)
     """Of later turns' rewards, with ``turn``."""
     rewards: dict[str, float] = {}
-    """Weights of further rewards by name, beside the task's own score."""
+    """Online: weights of further rewards by name, beside the task's own score."""
+    judge: str = ""
+    """Online: the chat model behind the reward ``judge``, PROVIDER:MODEL by LangChain's names."""
 
     truncated: bool = False
     """Whether replies that were cut off at the length limit carry loss."""
@@ -132,10 +152,15 @@ class Reinforcement(BaseModel):
             raise ValueError(f"compat={self.compat!r} is of ppo on the questioner alone, got {self.objective.name!r} on {self.trained!r}")
         if self.objective.penalty and not self.reference:
             raise ValueError(f"the objective {self.objective.name!r} with kl={self.objective.penalty!r} needs reference=true")
-        playing = {"problems", "samples", "temperature", "top_p", "max_tokens", "max_turns", "examine_every", "families", "graph", "task"}
-        useless = sorted((playing if self.runs else {"rows", "proof"}) & self.model_fields_set)
+        if bool(self.judge) != ("judge" in self.rewards):
+            raise ValueError(f"the reward 'judge' and the key judge belong together, got judge={self.judge!r} and rewards {self.rewards!r}")
+        useless = sorted((PLAYING if self.runs else {"rows", "proof"}) & self.model_fields_set)
         if self.runs and self.objective.name == "ppo":
             raise ValueError("ppo needs fresh episodes; for logged runs take grpo, topr, awr or filter")
+        if self.credit == "counterfactual" and self.objective.critic:
+            raise ValueError(
+                f"{self.objective.name} gives credit by its critic, so credit={self.credit!r} would be ignored; take grpo or topr"
+            )
         if useless:
             raise ValueError(f"{', '.join(useless)} {'belong to playing, but runs are given' if self.runs else 'belong to logged runs'}")
         return self
