@@ -25,7 +25,7 @@ from monologue.traces.store import RunReader
 from monologue.traces.verify import verify
 from monologue.training.adapters import Lora
 from monologue.training.gate import GateError
-from monologue.training.policies import Learner
+from monologue.training.policies import Learner, Policies
 from monologue.training.recipe import RecipeError, read_recipe
 from monologue.training.reinforce import latest, reinforce
 from monologue.training.reinforcement import Reinforcement
@@ -191,9 +191,15 @@ def test_recipes_refuse_what_cannot_be_honoured(capsys: pytest.CaptureFixture[st
         ({"runs": ["x"], "problems": 3}, "belong to playing"),
         ({"rows": 3}, "belong to logged runs"),
         ({"speed": 1}, "speed"),
+        ({"mixed": "bfloat16"}, "tolerance of its own"),
+        ({"shard": True, "lora": {}}, "not sharded"),
     ):
         with pytest.raises(RecipeError, match=word):
             Reinforcement.read(settings)
+    with pytest.raises(RecipeError, match="several processes, got one"):
+        Policies({}).shard()
+    with pytest.raises(RecipeError, match="cannot be resumed"):
+        reinforce(Reinforcement(shard=True), "/nowhere", {}, resume=True)
     with pytest.raises(RecipeError, match="unknown rewards beauty"):
         reinforce(Reinforcement(rewards={"beauty": 1.0}), "/nowhere", {})
     for shipped in ("reinforce", "outcome", "immo"):
@@ -235,16 +241,28 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_with_what_was_pla
     assert len(list(RunReader(tmp_path).episodes())) == 2 * 9
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    """Only the first plays and writes; each learns from its share of the rows; gradients meet over gloo."""
+def test_two_processes_take_the_steps_of_one_with_whole_weights_and_with_shared_out_ones(tmp_path: Path) -> None:
+    """Only the first plays and writes; each learns from its share of the rows; gradients, and shares of the weights, meet over gloo."""
     own = {"iterations": 2, "dtype": "float64", "tolerance": 1e-3, "minibatches": 2}
-    for name, launcher in (("one", ()), ("two", ("-m", "torch.distributed.run", "--nproc-per-node", "2"))):
-        done = subprocess.run(command(tmp_path / name, launcher=launcher, **own), **surroundings())
+    plain = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    for name, launcher, more in (("one", (), {}), ("two", plain, {}), ("sharded", (*launch, "--dynamo_backend", "no"), {"shard": True})):
+        done = subprocess.run(command(tmp_path / name, launcher=launcher, **own, **more), **surroundings())
         assert done.returncode == 0, done.stderr.decode()
-    for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
-        assert one[0] == pytest.approx(two[0], abs=1e-6) and one[1:] == pytest.approx(two[1:], abs=1e-6) and len(one[0]) == 4
-    apart = gap(tmp_path / "one" / "questioner", tmp_path / "two" / "questioner")
-    assert apart < 1e-6 < 1e-5 < gap(tmp_path / "one" / "questioner", starter("questioner"))
+    for name in ("two", "sharded"):
+        for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / name), strict=True):
+            assert one[0] == pytest.approx(two[0], abs=1e-6) and one[1:] == pytest.approx(two[1:], abs=1e-6) and len(one[0]) == 4
+        apart = gap(tmp_path / "one" / "questioner", tmp_path / name / "questioner")
+        assert apart < 1e-6 < 1e-5 < gap(tmp_path / "one" / "questioner", starter("questioner"))
+    assert not list((tmp_path / "sharded" / "trainer").glob("checkpoint-*"))
+
+
+def test_matrix_products_in_bfloat16_learn_and_are_told_apart_from_the_engines(tmp_path: Path) -> None:
+    lines = go(tmp_path, mixed="bfloat16", tolerance=0.2, passes=2)
+    assert all(1e-5 < line["drift"] < 0.02 for line in lines) and 0 <= lines[0]["kl"] < 1e-3 < lines[1]["kl"]
+    assert {str(value.dtype) for value in load_file(tmp_path / "questioner" / "model.safetensors").values()} == {"torch.float32"}
+    with pytest.raises(GateError, match="differ by"):
+        go(tmp_path / "strict", mixed="bfloat16", tolerance=1e-5)
 
 
 def test_a_killed_run_goes_on_with_the_same_losses_to_the_last_bit(tmp_path: Path) -> None:

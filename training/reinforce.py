@@ -36,7 +36,7 @@ from monologue.training.recipe import RecipeError
 from monologue.training.reinforcement import Reinforcement
 from monologue.training.released import as_released
 from monologue.training.report import Report
-from monologue.training.rewards import REWARDS, Reward, Wanted
+from monologue.training.rewards import REWARDS, Wanted
 from monologue.training.rows import Row
 from monologue.training.sources import Logged, Played, Source, Stage
 
@@ -60,6 +60,8 @@ def reinforce(
     Raises RecipeError, RunError, RowError, GateError, BackendError, PictureError.
     """
     _wanted(recipe, stage)
+    if recipe.shard and resume:
+        raise RecipeError("a sharded training cannot be resumed: the shares of its optimizer are not written; begin anew in another folder")
     if bool(recipe.runs) == (stage is not None):
         raise RecipeError("expected either runs to learn from or a stage to play on, got " + ("both" if recipe.runs else "neither"))
     process = PartialState(cpu=recipe.device == "cpu")
@@ -74,8 +76,11 @@ class _Reinforcement:
     def __init__(
         self, recipe: Reinforcement, out: Path, learners: Mapping[str, Learner], stage: Stage | None, more: Mapping[str, Any]
     ) -> None:
-        self.recipe, self.out, self.learners = recipe, out, dict(learners)
+        self.recipe, self.out = recipe, out
         self.policies = Policies(learners, recipe.trained if recipe.objective.critic else ())
+        if recipe.shard:
+            self.policies.shard()
+        self.learners = self.policies.learners
         self.reference = Policies({role: _again(learner, recipe) for role, learner in learners.items()}) if recipe.reference else None
         self.report = Report(out, recipe.iterations, PartialState().is_main_process)
         self.averages, self.penalties = credit.Averages(), {role: recipe.objective.penalty for role in recipe.trained}
@@ -100,8 +105,8 @@ class _Reinforcement:
             self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if isinstance(self.source, Played):
             self.source.push(self.recipe.iterations)
-        for role, learner in self.learners.items() if self.trainer.args.should_save else ():
-            learner.save(self.out / role)
+        for role, learner in self.learners.items():
+            learner.save(self.out / role, self.trainer.args.should_save)
         return self.report.history
 
     def version(self, role: str, iteration: int) -> str:
@@ -157,7 +162,8 @@ class _Reinforcement:
         )
         if self.reference is not None:
             before = self.reference
-            (seen["reference"],) = over(rows, collate, lambda batch: (before(role, batch)[0].logprobs,), size)
+            with self.trainer.accelerator.autocast():
+                (seen["reference"],) = over(rows, collate, lambda batch: (before(role, batch)[0].logprobs,), size)
         version = self.version(role, iteration)
         tolerance = math.inf if self.recipe.compat else self.recipe.tolerance
         found, facts = lessons(
@@ -230,7 +236,8 @@ class _Reinforcement:
             "adam_beta2": 0.99,
             "ignore_data_skip": True,
             "logging_strategy": "no",
-            "save_strategy": "steps",
+            "save_strategy": "no" if recipe.shard else "steps",
+            "bf16": recipe.mixed == "bfloat16",
             "save_steps": recipe.save_every * recipe.steps,
             "save_total_limit": 2,
             "report_to": recipe.report_to,
@@ -255,7 +262,9 @@ class _Closing(TrainerCallback):
 
 def _wanted(recipe: Reinforcement, stage: Stage | None) -> Wanted:
     """What is to be said of each episode, with weights; what a kind of credit has to know is said with weight 0. Raises RecipeError."""
-    known: dict[str, Reward] = {**REWARDS, **stage.rewards()} if stage else REWARDS
+    known = dict(REWARDS)
+    if stage is not None:
+        known.update(stage.rewards())
     weights = {**recipe.rewards, **({credit.COUNTERFACTUAL: 0.0} if recipe.credit == credit.COUNTERFACTUAL else {})}
     unknown = sorted(set(weights) - set(known))
     if unknown:

@@ -117,6 +117,12 @@ class Reinforcement(BaseModel):
     """Keep the weights of the start, to measure the KL to them."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of the trained weights."""
+    mixed: Literal["no", "bfloat16"] = "no"
+    """Numbers of the matrix products; weights, optimizer, softmax and loss stay in ``dtype``. Engine and trainer then round differently, so
+    ``tolerance`` has to be said with it.
+    """
+    shard: bool = False
+    """Share out the trained weights among the processes that were launched."""
     device: str = "cpu"
     """Where trained weights live."""
     seed: int = 0
@@ -150,6 +156,11 @@ class Reinforcement(BaseModel):
             raise ValueError(f"lr wants one rate for each of {self.trained!r}, got {self.lr!r}")
         if self.compat and (self.objective.name != "ppo" or self.trained != ["questioner"]):
             raise ValueError(f"compat={self.compat!r} is of ppo on the questioner alone, got {self.objective.name!r} on {self.trained!r}")
+        if self.mixed != "no" and (self.dtype != "float32" or "tolerance" not in self.model_fields_set):
+            told = f"got dtype={self.dtype!r}" if self.dtype != "float32" else "got no tolerance; 0.1 nats is usual"
+            raise ValueError(f"mixed={self.mixed!r} wants dtype='float32' and a tolerance of its own, {told}")
+        if self.shard and self.lora is not None:
+            raise ValueError("adapters are not sharded; leave out lora or shard")
         if self.objective.penalty and not self.reference:
             raise ValueError(f"the objective {self.objective.name!r} with kl={self.objective.penalty!r} needs reference=true")
         if bool(self.judge) != ("judge" in self.rewards):

@@ -96,13 +96,14 @@ class Played:
         """Has the stage load what has changed."""
         for role, learner in self._learners.items():
             version = self._version(role, iteration)
-            if self._main and version != self._pushed[role]:
+            if version != self._pushed[role]:
                 home = self.out / "checkpoints" / self.stage.policy(role)
-                learner.save(home / version)
-                self.stage.push(role, home / version, version)
-                kept = sorted(home.iterdir(), key=lambda folder: folder.stat().st_mtime)
-                for old in kept[: -self._keep]:
-                    shutil.rmtree(old)
+                learner.save(home / version, self._main)
+                if self._main:
+                    self.stage.push(role, home / version, version)
+                    kept = sorted(home.iterdir(), key=lambda folder: folder.stat().st_mtime)
+                    for old in kept[: -self._keep]:
+                        shutil.rmtree(old)
             self._pushed[role] = version
 
     def rows(self, iteration: int) -> list[Row]:
