@@ -179,6 +179,24 @@ def test_immo_as_in_the_paper_runs_for_a_few_seconds(tmp_path: Path) -> None:
         assert rewards == {("exact_match", 1.0)}
 
 
+def test_a_sample_of_the_batch_is_proven_and_the_rest_taken_as_recorded(tmp_path: Path) -> None:
+    """The same steps up to rounding; a wrong number in the sample still ends the run; all stale rows are recomputed."""
+    whole, some = (go(tmp_path / str(count), verified=count, reference=False, iterations=3) for count in (0, 4))
+    for one, two in zip(whole, some, strict=True):
+        assert 0 < two["compared"] < one["compared"] and two["losses"] == pytest.approx(one["losses"], abs=1e-4)
+    assert 0.3 < some[0]["entropy"] / whole[0]["entropy"] < 3
+
+    class Forgetful(Rollouts):
+        def push(self, role: str, folder: Path, version: str) -> None:
+            super().push(role, Path(starter(role)), version)
+
+    with pytest.raises(GateError, match=r"span [0-9a-f]{16}: recorded log-probs differ"):
+        go(tmp_path / "forgetful", stage=Forgetful, verified=4)
+    go(tmp_path / "old", keep=9)
+    lines = offline(tmp_path / "stale", tmp_path / "old", verified=1, reference=False, rows=18, iterations=1)
+    assert lines[0]["effective"] < 1.0 and 0 < lines[0]["compared"] < lines[0]["sampled"] / 2
+
+
 def test_recipes_refuse_what_cannot_be_honoured(capsys: pytest.CaptureFixture[str]) -> None:
     for settings, word in (
         ({"objective": {"name": "topr", "cap": 2.0}}, "cap"),
@@ -192,6 +210,8 @@ def test_recipes_refuse_what_cannot_be_honoured(capsys: pytest.CaptureFixture[st
         ({"rows": 3}, "belong to logged runs"),
         ({"speed": 1}, "speed"),
         ({"mixed": "bfloat16"}, "tolerance of its own"),
+        ({"verified": 4, "objective": {"name": "ppo"}}, "does not go with objective 'ppo'"),
+        ({"verified": 4, "mixed": "bfloat16", "tolerance": 0.1}, "mixed='bfloat16'"),
         ({"shard": True, "lora": {}}, "not sharded"),
     ):
         with pytest.raises(RecipeError, match=word):

@@ -28,7 +28,7 @@ from transformers import TrainerCallback
 from monologue.traces.store import RunWriter, read_info
 from monologue.training import credit
 from monologue.training.collate import Batch, Collate
-from monologue.training.experience import Lesson, Micro, deal, lessons, over, spread
+from monologue.training.experience import Lesson, Micro, deal, lessons, over, recorded, sampled, spread
 from monologue.training.loop import StreamTrainer, arguments
 from monologue.training.objectives import Ppo
 from monologue.training.policies import Learner, Policies
@@ -156,25 +156,29 @@ class _Reinforcement:
     def _lessons(
         self, role: str, iteration: int, rows: Sequence[Row], advantages: Mapping[str, float], earned: Mapping[str, float]
     ) -> list[Lesson]:
-        collate, size = self._collate(role), self.recipe.forward_rows
-        seen = dict(
-            zip(("old", "entropy", "values"), over(rows, collate, lambda batch: _seen(self.policies, role, batch), size), strict=False)
-        )
+        collate, size, version = self._collate(role), self.recipe.forward_rows, self.version(role, iteration)
+        checked = sampled(rows, version, self.recipe.verified, f"{self.recipe.seed}/{iteration}/{role}")
+        some = rows if checked is None else [rows[place] for place in checked]
+        found = over(some, collate, lambda batch: _seen(self.policies, role, batch), size)
+        seen = dict(zip(("old", "entropy", "values"), found, strict=False))
+        if checked is not None:
+            seen = {name: _filled(rows, checked, values) for name, values in seen.items()}
         if self.reference is not None:
             before = self.reference
             with self.trainer.accelerator.autocast():
                 (seen["reference"],) = over(rows, collate, lambda batch: (before(role, batch)[0].logprobs,), size)
-        version = self.version(role, iteration)
         tolerance = math.inf if self.recipe.compat else self.recipe.tolerance
-        found, facts = lessons(
-            role, rows, self.recipe.objective, advantages, earned, seen, version, self.penalties[role], tolerance, self.recipe.truncated
+        learned, facts = lessons(
+            *(role, rows, self.recipe.objective, advantages, earned, seen, version, self.penalties[role], tolerance),
+            truncated=self.recipe.truncated,
+            checked=checked,
         )
         entropy = self._name(role, "entropy")
         history = [{"entropy": line[entropy], "reward": line["reward"]} for line in self.report.history if entropy in line]
         guards = self.recipe.guards.model_copy(update={"drift": None}) if self.recipe.compat else self.recipe.guards
         guards.check(history, {**facts, "reward": self.facts["reward"]})
         self.facts |= {self._name(role, name): value for name, value in facts.items()}
-        return found
+        return learned
 
     def _name(self, role: str, fact: str) -> str:
         """Of a measure; where one role is trained it goes without saying."""
@@ -265,7 +269,9 @@ def _wanted(recipe: Reinforcement, stage: Stage | None) -> Wanted:
     known = dict(REWARDS)
     if stage is not None:
         known.update(stage.rewards())
-    weights = {**recipe.rewards, **({credit.COUNTERFACTUAL: 0.0} if recipe.credit == credit.COUNTERFACTUAL else {})}
+    weights = dict(recipe.rewards)
+    if recipe.credit == credit.COUNTERFACTUAL:
+        weights[credit.COUNTERFACTUAL] = 0.0
     unknown = sorted(set(weights) - set(known))
     if unknown:
         raise RecipeError(f"unknown rewards {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
@@ -296,6 +302,12 @@ def _seen(policies: Policies, role: str, batch: Batch) -> tuple[Tensor, ...]:
     scored, values = policies(role, batch, True)
     assert scored.entropies is not None
     return (scored.logprobs, scored.entropies) if values is None else (scored.logprobs, scored.entropies, values)
+
+
+def _filled(rows: Sequence[Row], checked: Sequence[int], values: Sequence[Tensor]) -> list[Tensor]:
+    """What was recomputed, in its places; elsewhere what was recorded."""
+    known = dict(zip(checked, values, strict=True))
+    return [known[place] if place in known else recorded(row) for place, row in enumerate(rows)]
 
 
 def _described(rows: Sequence[Row], assigned: credit.Credit, earned: Mapping[str, float]) -> dict[str, float]:

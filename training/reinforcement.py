@@ -138,6 +138,10 @@ class Reinforcement(BaseModel):
     """Largest difference of log-probs that the gate lets pass, in nats."""
     proof: int = Field(default=64, ge=0)
     """Offline: calls that are replayed before the first step; 0: none, where the weights that sampled are gone."""
+    verified: int = Field(default=0, ge=0)
+    """Fresh rows a role and iteration that are recomputed, and proven by the gate; 0: all. The others' log-probs are taken as recorded,
+    which saves their pass; entropy is then that of the proven ones.
+    """
     guards: Guards = Guards()
     """Rules that end a run gone wrong."""
 
@@ -159,6 +163,9 @@ class Reinforcement(BaseModel):
         if self.mixed != "no" and (self.dtype != "float32" or "tolerance" not in self.model_fields_set):
             told = f"got dtype={self.dtype!r}" if self.dtype != "float32" else "got no tolerance; 0.1 nats is usual"
             raise ValueError(f"mixed={self.mixed!r} wants dtype='float32' and a tolerance of its own, {told}")
+        if self.verified and (self.compat or self.objective.critic or not self.objective.ratios or self.mixed != "no"):
+            told = f"objective {self.objective.name!r}, compat={self.compat!r}, mixed={self.mixed!r}"
+            raise ValueError(f"verified={self.verified!r} takes recorded log-probs for the trainer's own, which does not go with {told}")
         if self.shard and self.lora is not None:
             raise ValueError("adapters are not sharded; leave out lora or shard")
         if self.objective.penalty and not self.reference:
