@@ -24,6 +24,7 @@ from monologue.traces.page.detail import curves
 from monologue.traces.store import RunReader
 from monologue.traces.verify import verify
 from monologue.training.adapters import Lora
+from monologue.training.collate import Collate, score
 from monologue.training.gate import GateError
 from monologue.training.policies import Learner, Policies
 from monologue.training.recipe import RecipeError, read_recipe
@@ -306,3 +307,27 @@ def test_a_killed_run_goes_on_with_the_same_losses_to_the_last_bit(tmp_path: Pat
     finished = [e for e in RunReader(tmp_path / "killed").episodes() if e.complete]
     assert len(finished) == 6 * 9 == len({e.start.episode_id for e in finished}), "nothing was played twice"
     assert not torch.isnan(torch.tensor([value for line in losses(tmp_path / "whole") for value in line[0]])).any()
+
+
+def test_rows_that_begin_alike_share_a_line_and_nothing_else_changes(tmp_path: Path) -> None:
+    """Log-probs and gradients of both roles, pictures included, are those of separate rows; fewer ids are read."""
+    go(tmp_path / "run", trained=["questioner", "answerer"], iterations=1)
+    reader = RunReader(tmp_path / "run")
+    for role in ("questioner", "answerer"):
+        learner, rows = Learner.open(str(starter(role)), dtype="float64"), list(read_rows(reader, [role]))
+        told = {}
+        for trees in (False, True):
+            batch = Collate(learner.inputs, reader.picture, trees=trees)(rows)
+            logprobs = score(learner.checkpoint.model, batch, learner.inputs.banned).logprobs
+            learner.checkpoint.model.zero_grad()
+            (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
+            gradient = torch.cat([one.grad.flatten() for one in learner.trained if one.grad is not None])
+            told[trees] = (logprobs.detach(), gradient, batch.inputs["input_ids"].numel(), batch.sampled)
+        plain, shared = told[False], told[True]
+        assert torch.equal(plain[3], shared[3]) and float((plain[0] - shared[0]).abs().max()) < 1e-9
+        assert float((plain[1] - shared[1]).abs().max()) < 1e-6 * float(plain[1].abs().max()) and shared[2] < 0.8 * plain[2]
+        if role == "answerer":
+            assert len(batch.inputs["image_grid_thw"]) == 3 < len(rows), "a picture is encoded once for its group"
+    for name, trees in (("plain", False), ("trees", True)):
+        go(tmp_path / name, trees=trees, passes=2, dtype="float64", tolerance=1e-3)
+    assert gap(tmp_path / "plain" / "questioner", tmp_path / "trees" / "questioner") < 1e-6

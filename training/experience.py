@@ -61,7 +61,7 @@ class Micro:
 
 def over(rows: Sequence[Row], collate: Collate, run: Pass, size: int) -> list[list[Tensor]]:
     """Each tensor that ``run`` gives, cut by rows: for each output a list of (n,) float64 tensors on the CPU, in the order of the rows."""
-    order = sorted(range(len(rows)), key=lambda place: len(rows[place].ids))  # like lengths together: less padding
+    order = sorted(range(len(rows)), key=lambda place: 0 if collate.trees else len(rows[place].ids))  # like lengths: less padding
     found: list[list[Tensor]] = []
     for start in range(0, len(order), size):
         places = order[start : start + size]

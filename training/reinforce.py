@@ -77,6 +77,10 @@ class _Reinforcement:
         self, recipe: Reinforcement, out: Path, learners: Mapping[str, Learner], stage: Stage | None, more: Mapping[str, Any]
     ) -> None:
         self.recipe, self.out = recipe, out
+        for role, learner in learners.items() if recipe.trees else ():
+            attention = learner.checkpoint.model.config.get_text_config()._attn_implementation
+            if attention != "sdpa":
+                raise RecipeError(f"trees=true needs attention 'sdpa', which takes a mask of ours; {role!r} computes it by {attention!r}")
         self.policies = Policies(learners, recipe.trained if recipe.objective.critic else ())
         if recipe.shard:
             self.policies.shard()
@@ -215,7 +219,7 @@ class _Reinforcement:
         return self.source.stage.examine(iteration) if self.trainer.args.should_save else {}
 
     def _collate(self, role: str) -> Collate:
-        return Collate(self.learners[role].inputs, self.source.picture)
+        return Collate(self.learners[role].inputs, self.source.picture, trees=self.recipe.trees)
 
     def _source(self, stage: Stage | None) -> Source:
         recipe, process = self.recipe, self.trainer.accelerator

@@ -105,6 +105,8 @@ class Reinforcement(BaseModel):
     """Micro-batches a step; changes memory, not the result."""
     forward_rows: int = Field(default=64, ge=1)
     """Rows at once where no gradient is taken."""
+    trees: bool = False
+    """Read the opening that episodes of a problem share once, not once an episode; changes time, not the result."""
     lr: float | dict[str, float] = 3e-4
     """Learning rate of AdamW, or one for each trained role."""
     lora: Lora | None = None
