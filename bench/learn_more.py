@@ -209,7 +209,8 @@ def _greedy(seats: Seats) -> dict[str, Any]:
     return {role: load_policy(path, role, sampling=Sampling(temperature=0.0, max_tokens=64)) for role, path in seats.items()}
 
 
-SHORT = {"iterations": 40, "examine_every": 0, "save_every": 5}
+QUICK = {"examine_every": 0, "save_every": 5, "trees": True, "verified": 16, "reference": False}
+SHORT = {**QUICK, "iterations": 40}
 ALL = {**SHORT, "families": ",".join(FAMILIES), "max_turns": 8}
 ONE: dict[str, Any] = {"families": "attribute,near,kin"}
 SIGHT = {**SHORT, "trained": ["answerer"], "lr": 1e-4}
@@ -238,9 +239,9 @@ EXPERIMENTS: dict[str, dict[str, Arm]] = {
         "direct-prior": Arm(one_shot(300), dialogues(graph="direct", **ONE)),
         "direct-more": Arm(one_shot(540), dialogues(graph="direct", **ONE)),
         "direct-reinforced": Arm(
-            one_shot(300), dialogues(graph="direct", **ONE), {"graph": "direct", "trained": ["answerer"], "lr": 1e-4, "examine_every": 0}
+            one_shot(300), dialogues(graph="direct", **ONE), {**QUICK, "graph": "direct", "trained": ["answerer"], "lr": 1e-4}
         ),
-        "blind": Arm(weak, dialogues(graph="blind", **ONE), {"graph": "blind", "examine_every": 0}),
+        "blind": Arm(weak, dialogues(graph="blind", **ONE), {**QUICK, "graph": "blind"}),
     },
     "controls": {
         "reinforced": Arm(learned, three),

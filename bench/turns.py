@@ -8,8 +8,8 @@ batch, forward, backward, one step of AdamW. Everything is equal but this:
     streams   the engine keeps keys and values of a stream for its next turn; a stream is one training row
     calls     the engine reads every prompt from its beginning; each call is a row, as trainers do that know single turns only
 
-The two must be the same experience and the same step: ids are compared one by one, gradients in their norm. ``ratio`` is seconds of calls
-over seconds of streams. What a trainer of single turns does beside that (bench/train.py) is not in these figures.
+The two must be the same experience and the same step: ids are compared one by one, gradients by the norm of their difference. ``ratio`` is
+seconds of calls over seconds of streams. What a trainer of single turns does beside that (bench/train.py) is not in these figures.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def played(run: Path, arm: str, turns: int, episodes: int) -> float:
     return time.perf_counter() - started
 
 
-def learned(run: Path, role: str, merge: bool) -> tuple[float, float, int, int]:
-    """Seconds of one iteration of learning, the gradient's norm, ids read, ids sampled."""
+def learned(run: Path, role: str, merge: bool) -> tuple[float, torch.Tensor, int, int]:
+    """Seconds of one iteration of learning, the gradient, ids read, ids sampled."""
     reader, learner = RunReader(run), Learner.open(str(starter(role)))
     policies, collate = Policies({role: learner}), Collate(learner.inputs, reader.picture)
     optimizer = torch.optim.AdamW(learner.trained, lr=1e-5)
@@ -74,9 +74,10 @@ def learned(run: Path, role: str, merge: bool) -> tuple[float, float, int, int]:
     for micro in deal(found, {role: collate}, 1, math.ceil(longest * len(rows) / TOGETHER), (0, 1), "0", True):
         scored, _ = policies(role, micro.batch)
         Grpo().loss(scored.logprobs, micro.part, micro.count, None, 0.0).backward()
-    norm = float(torch.nn.utils.clip_grad_norm_(learner.trained, 1e9))
     optimizer.step()
-    return time.perf_counter() - started, norm, read, sum(sum(row.mask) for row in rows)
+    seconds = time.perf_counter() - started
+    gradient = torch.cat([one.grad.flatten() for one in learner.trained if one.grad is not None])
+    return seconds, gradient, read, sum(sum(row.mask) for row in rows)
 
 
 def _seen(policies: Policies, role: str, batch: Any) -> tuple[torch.Tensor, ...]:
@@ -100,12 +101,12 @@ def measure(turns: int, episodes: int, folder: Path) -> dict[str, Any]:
     for arm in KEPT:
         row[f"{arm} play"] = round(played(folder / arm, arm, turns, episodes), 3)
     row["same ids"] = sum(said(folder / "calls")[key] == ids for key, ids in said(folder / "streams").items()) / len(said(folder / "calls"))
-    norms: dict[str, list[float]] = {}
+    gradients: dict[str, list[torch.Tensor]] = {}
     for arm in KEPT:
         parts = [learned(folder / "streams", role, arm == "streams") for role in ROLES]
-        row[f"{arm} learn"], norms[arm] = round(sum(part[0] for part in parts), 3), [part[1] for part in parts]
+        row[f"{arm} learn"], gradients[arm] = round(sum(part[0] for part in parts), 3), [part[1] for part in parts]
         row[f"{arm} ids read"], row["sampled"] = sum(part[2] for part in parts), sum(part[3] for part in parts)
-    row["gradients apart"] = max(abs(a / b - 1) for a, b in zip(*norms.values(), strict=True))
+    row["gradients apart"] = max(float((a - b).norm() / b.norm()) for a, b in zip(*gradients.values(), strict=True))
     for part in ("play", "learn"):
         row[f"{part} ratio"] = round(row[f"calls {part}"] / row[f"streams {part}"], 3)
     whole = {arm: row[f"{arm} play"] + row[f"{arm} learn"] for arm in KEPT}
