@@ -32,7 +32,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,6 @@ class Arm:
     """Held-out figures; plays into the folder."""
     change: Mapping[str, Any] | None = None
     """What is other than in the recipe ``outcome``; None: not reinforced."""
-    told: dict[str, Any] = field(default_factory=dict)
-    """Facts for the table."""
 
 
 def weak(bench: Bench, seed: int) -> Seats:
