@@ -14,7 +14,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from monologue.backends.base import Sampling
 from monologue.backends.inputs import Inputs
 from monologue.backends.sampling import log_distribution
 from monologue.training.rows import Piece, Row
-from monologue.training.trees import Line, lines, mask
+from monologue.training.trees import Line, lines, mask, parts
 
 PLAIN = Sampling(temperature=1.0)
 
@@ -74,11 +74,12 @@ class Collate:
         for row in rows:
             self._check(row)
         layout = lines(rows) if self.trees else [Line((place,), 0) for place in range(len(rows))]
-        found, pixels, grids = [], [], []
+        found: dict[int, Tensor] = {}
+        pixels, grids = [], []
         for line in layout:
             row = rows[line.rows[0]]
             patches, grid = self._inputs.pixels([self._picture(image.sha256) for image in row.images]) if row.images else (None, None)
-            found.append([self._inputs.positions(rows[place].ids, grid) for place in line.rows])
+            found |= {place: self._inputs.positions(rows[place].ids, grid) for place in line.rows}
             if patches is not None and grid is not None:
                 pixels.append(patches)
                 grids.append(grid)
@@ -98,37 +99,36 @@ class Collate:
         if self._inputs.image_token_id is not None and row.ids.count(self._inputs.image_token_id) != held:
             raise RowError(f"expected {held} placeholders in episode {row.episode_id}, got {row.ids.count(self._inputs.image_token_id)}")
 
-    def _padded(self, rows: Sequence[Row], layout: Sequence[Line], found: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
-        lengths = [line.shared + sum(len(rows[place].ids) - line.shared for place in line.rows) for line in layout]
-        ids = torch.full((len(layout), max(lengths)), self._pad)  # (B, L)
+    def _padded(self, rows: Sequence[Row], layout: Sequence[Line], found: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        longest = max(sum(stop - begin for _, _, begin, stop in parts(line, rows)) for line in layout)
+        ids = torch.full((len(layout), longest), self._pad)  # (B, L)
         branches = torch.full_like(ids, -1)
-        positions = torch.zeros(found[0][0].shape[0], *ids.shape, dtype=torch.long)
-        for number, (line, places) in enumerate(zip(layout, found, strict=True)):
+        positions = torch.zeros(found[0].shape[0], *ids.shape, dtype=torch.long)
+        for number, line in enumerate(layout):
             end = 0
-            for branch, (place, position) in enumerate(zip(line.rows, places, strict=True), start=1):
-                for begin, stop, name in ((0, line.shared, 0), (line.shared, len(rows[place].ids), branch)):
-                    if name or branch == 1:
-                        part = slice(end, end + stop - begin)
-                        ids[number, part] = torch.tensor(rows[place].ids[begin:stop])
-                        branches[number, part], positions[:, number, part] = name, position[:, begin:stop]
-                        end = part.stop
+            for place, branch, begin, stop in parts(line, rows):
+                here = slice(end, end + stop - begin)
+                ids[number, here], branches[number, here] = torch.tensor(rows[place].ids[begin:stop]), branch
+                positions[:, number, here] = found[place][:, begin:stop]
+                end = here.stop
         seen = mask(branches) if self.trees else (branches > 0).long()
         return {"input_ids": ids, "attention_mask": seen, "position_ids": positions[0] if len(positions) == 1 else positions}
 
 
 def _places(rows: Sequence[Row], layout: Sequence[Line]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Sampling, ...]]:
     """Line, column, the column before, call, mask and recorded log-prob of each sampled id, row by row."""
-    home, moved = {}, {}
+    home: dict[int, tuple[int, int, int]] = {}
     for number, line in enumerate(layout):
-        end = line.shared
-        for place in line.rows:
-            home[place], moved[place] = (number, line.shared), end - line.shared
-            end += len(rows[place].ids) - line.shared
+        end = 0
+        for place, branch, begin, stop in parts(line, rows):
+            if branch:
+                home[place] = number, begin, end - begin
+            end += stop - begin
     table: list[tuple[int, int, int, int, float, float]] = []
     samplings: list[Sampling] = []
     call = 0
     for place, row in enumerate(rows):
-        (number, shared), shift = home[place], moved[place]
+        number, shared, shift = home[place]
         for piece in row.pieces:
             values = piece.logprobs or (float("nan"),) * (piece.stop - piece.start)
             for at, one, value in zip(range(piece.start, piece.stop), piece.loss_mask, values, strict=True):

@@ -13,7 +13,7 @@ Shapes: B lines, L padded length.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,14 @@ def lines(rows: Sequence[Row]) -> list[Line]:
         else:
             found += [Line((place,), 0) for place in places]
     return found
+
+
+def parts(line: Line, rows: Sequence[Row]) -> Iterator[tuple[int, int, int, int]]:
+    """What a line is made of, in order: row, branch (0 is what all share), first id of the row, the id after the last."""
+    if line.shared:
+        yield line.rows[0], 0, 0, line.shared
+    for branch, place in enumerate(line.rows, start=1):
+        yield place, branch, line.shared, len(rows[place].ids)
 
 
 def _common(rows: Sequence[Row]) -> int:
