@@ -3,7 +3,7 @@
     python bench/turns.py [--turns 1 4 8] [--episodes 64] [--repeats 3] [--json bench/results/turns.json]
 
 The shipped pair plays ``monologue:looks=T``, sampled; then one iteration of learning is done for both roles: the pass that proves the
-batch, forward, backward, one step of AdamW. Everything is equal but this:
+batch, forward, backward, one step of AdamW; every other episode is praised, the others blamed, so that all rows count. Everything is equal but this:
 
     streams   the engine keeps keys and values of a stream for its next turn; a stream is one training row
     calls     the engine reads every prompt from its beginning; each call is a row, as trainers do that know single turns only
@@ -33,7 +33,7 @@ from monologue.seating import starter
 from monologue.tasks.shapes import Shapes
 from monologue.traces.store import RunReader
 from monologue.training.collate import Collate
-from monologue.training.credit import assign, at_turns
+from monologue.training.credit import at_turns
 from monologue.training.experience import deal, lessons, over
 from monologue.training.objectives import Grpo
 from monologue.training.policies import Learner, Policies
@@ -66,11 +66,11 @@ def learned(run: Path, role: str, merge: bool) -> tuple[float, torch.Tensor, int
     optimizer = torch.optim.AdamW(learner.trained, lr=1e-5)
     rows: list[Row] = ordered(list(read_rows(reader, [role], merge=merge)))
     whole = ordered(list(read_rows(reader, [role])))
-    advantages, earned = assign(whole).advantages, at_turns(whole)
+    advantages = {piece.span_id: 1.0 - 2.0 * (row.sample_index % 2) for row in whole for piece in row.pieces}
     read, longest = sum(len(row.ids) for row in rows), max(len(row.ids) for row in rows)
     started = time.perf_counter()
     seen = dict(zip(("old", "entropy"), over(rows, collate, lambda batch: _seen(policies, role, batch), TOGETHER // longest), strict=True))
-    found, _ = lessons(role, rows, Grpo(), advantages, earned, seen, learner.checkpoint.version, 0.0, 1e-3)
+    found, _ = lessons(role, rows, Grpo(), advantages, at_turns(whole), seen, learner.checkpoint.version, 0.0, 1e-3)
     for micro in deal(found, {role: collate}, 1, math.ceil(longest * len(rows) / TOGETHER), (0, 1), "0", True):
         scored, _ = policies(role, micro.batch)
         Grpo().loss(scored.logprobs, micro.part, micro.count, None, 0.0).backward()
