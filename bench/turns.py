@@ -3,7 +3,8 @@
     python bench/turns.py [--turns 1 4 8] [--episodes 64] [--repeats 3] [--json bench/results/turns.json]
 
 The shipped pair plays ``monologue:looks=T``, sampled; then one iteration of learning is done for both roles: the pass that proves the
-batch, forward, backward, one step of AdamW; every other episode is praised, the others blamed, so that all rows count. Everything is equal but this:
+batch, forward, backward, one step of AdamW. Every other episode is praised, the others blamed, so that all rows count. Everything is equal
+but this:
 
     streams   the engine keeps keys and values of a stream for its next turn; a stream is one training row
     calls     the engine reads every prompt from its beginning; each call is a row, as trainers do that know single turns only
