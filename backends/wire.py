@@ -1,7 +1,8 @@
 """JSON over HTTP to a policy server: deadlines, bounded retries with jitter on what can be retried, errors that name server and request.
 
 Everything runs on an event loop of its own in a background thread, so an engine serves callers on any loop, one after another or at once,
-and its connections outlive each of them. A caller that is cancelled cancels its request here.
+and its connections outlive each of them. A caller that is cancelled cancels its request here. The client is aiohttp's: httpx looks through
+its whole pool at every request, which with 64 under way was half of all that this process did.
 
     connection refused, lost; 502, 503, 504              BackendUnavailable, tried again with growing, jittered waits
     cut off in mid-request                               the same, but a request that has cut ``CUTS`` connections may be what kills the
@@ -32,6 +33,8 @@ PASSING = (502, 503, 504)
 FIRST_WAIT, LONGEST_WAIT = 0.1, 5.0
 """Seconds before the first retry, and at most."""
 CUTS = 3
+KEEP_ALIVE = 4.0
+"""Seconds that an idle connection is kept; a server closes it after five."""
 
 
 class _CutOff(BackendUnavailable):
@@ -100,11 +103,11 @@ class Wire:
     """Requests to one server, at most ``limit`` generations at once; what steers the server never queues behind them."""
 
     def __init__(self, url: str, *, limit: int, attempts: int, bounded: tuple[str, ...] = ("/generate",)) -> None:
-        import httpx
+        import aiohttp
 
         self.url, self._attempts = url.rstrip("/"), attempts
-        pool = httpx.Limits(max_connections=limit + 4, max_keepalive_connections=limit + 4)
-        self._client = httpx.AsyncClient(base_url=self.url, limits=pool, timeout=None, trust_env=False)
+        pool = aiohttp.TCPConnector(limit=limit + 4, keepalive_timeout=KEEP_ALIVE)
+        self._client = aiohttp.ClientSession(connector=pool, timeout=aiohttp.ClientTimeout(total=None, sock_connect=None))
         self._places, self._bounded = asyncio.Semaphore(limit), bounded
         self.retried = 0
         """Requests that were sent again."""
@@ -145,8 +148,8 @@ class Wire:
         for attempt in range(attempts):
             try:
                 async with self._places if path in self._bounded else nullcontext():
-                    request = self._client.build_request(method, path, json=body() if callable(body) else body, headers=headers)
-                    return await self._once(request, deadline - time.monotonic(), name, heard)
+                    sent = self._sent(method, path, body() if callable(body) else body, headers, heard)
+                    return await self._once(sent, deadline - time.monotonic(), name)
             except BackendUnavailable as error:
                 cuts += isinstance(error, _CutOff)
                 wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.5)
@@ -156,48 +159,44 @@ class Wire:
                 await asyncio.sleep(wait)
         raise AssertionError("unreachable")
 
-    async def _once(self, request: Any, timeout: float, name: str, heard: Heard | None) -> dict[str, Any]:
-        import httpx
+    async def _once(self, sent: Coroutine[Any, Any, tuple[int, str]], timeout: float, name: str) -> dict[str, Any]:
+        import aiohttp
 
         try:
-            answer = await asyncio.wait_for(self._sent(request, heard), max(timeout, 0.001))
+            status, text = await asyncio.wait_for(sent, max(timeout, 0.001))
         except asyncio.TimeoutError as error:
             raise BackendTimeout(f"the server {self.url} did not answer {name} within its deadline") from error
-        except httpx.ConnectError as error:
+        except aiohttp.ClientConnectorError as error:
             raise BackendUnavailable(f"the server {self.url} cannot be reached for {name}: {error}".rstrip(": ")) from error
-        except httpx.HTTPError as error:
+        except aiohttp.ClientError as error:
             raise _CutOff(f"the server {self.url} cut off {name}: {type(error).__name__} {error}".rstrip()) from error
-        if answer.status_code in PASSING:
-            raise BackendUnavailable(f"the server {self.url} answered {name} with {answer.status_code}: {answer.text[:300]!r}")
-        if answer.status_code >= 500:
-            raise BackendError(f"the server {self.url} failed on {name} with {answer.status_code}: {answer.text[:300]!r}")
-        if answer.status_code >= 400:
-            raise RequestRefused(f"the server {self.url} refused {name} with {answer.status_code}: {answer.text[:300]!r}")
+        if status in PASSING:
+            raise BackendUnavailable(f"the server {self.url} answered {name} with {status}: {text[:300]!r}")
+        if status >= 500:
+            raise BackendError(f"the server {self.url} failed on {name} with {status}: {text[:300]!r}")
+        if status >= 400:
+            raise RequestRefused(f"the server {self.url} refused {name} with {status}: {text[:300]!r}")
         try:
-            found = answer.json() if answer.content else {}
+            found = json.loads(text) if text else {}
         except ValueError as error:
-            raise BackendError(f"expected JSON from {self.url} for {name}, got {answer.text[:100]!r}") from error
+            raise BackendError(f"expected JSON from {self.url} for {name}, got {text[:100]!r}") from error
         if not isinstance(found, dict):
-            raise BackendError(f"expected a JSON object from {self.url} for {name}, got {type(found).__name__} {answer.text[:100]!r}")
+            raise BackendError(f"expected a JSON object from {self.url} for {name}, got {type(found).__name__} {text[:100]!r}")
         return found
 
-    async def _sent(self, request: Any, heard: Heard | None) -> Any:
-        if heard is None:
-            return await self._client.send(request)
-        import httpx
-
-        answer, last = await self._client.send(request, stream=True), ""
-        try:
-            if answer.status_code != 200:
-                await answer.aread()
-                return answer
-            async for line in answer.aiter_lines():
-                if line.startswith("data: {"):
-                    last = line.removeprefix("data: ")
-                    heard(json.loads(last))
-            return httpx.Response(200, text=last)
-        finally:
-            await answer.aclose()
+    async def _sent(self, method: str, path: str, body: Any, headers: dict[str, str] | None, heard: Heard | None) -> tuple[int, str]:
+        """Status and text; of server-sent events, the last one."""
+        async with self._client.request(method, self.url + path, json=body, headers=headers) as answer:
+            if heard is None or answer.status != 200:
+                return answer.status, await answer.text(errors="replace")
+            last, rest = "", b""
+            async for chunk in answer.content.iter_any():
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    if line.startswith(b"data: {"):
+                        last = line.removeprefix(b"data: ").decode()
+                        heard(json.loads(last))
+            return 200, last
 
     async def aclose(self) -> None:
-        await self._client.aclose()
+        await self._client.close()

@@ -2,10 +2,11 @@
 
     python bench/serving.py [--calls 400] [--episodes 256] [--kills 4] [--device cpu --python .venv-sglang/bin/python] [--json FILE]
 
-overhead    one call at a time, client and plain ``httpx`` in turn with the same body to the same server; median of the paired differences.
+overhead    one call at a time, client and plain ``aiohttp`` in turn with the same body to the same server; median of paired differences.
             Target: under 1 ms. It can lose: checks, threads and base64 are all in it.
-occupancy   64 episodes at once; both servers are asked 20 times a second what they run. Of 64 episodes, so many have a request in a
-            server's batch; the rest are between two calls. Also the share of samples in which requests waited for a place in the batch.
+occupancy   64 episodes at once. ``under_way``: of these, so many wait for a server's answer, sampled 20 times a second; the others are
+            between two calls. ``running``: what the servers' gauges say then; requests whose prompt is being read are in no gauge.
+            ``batch``: by the servers' logs, the decode batch in which the average token was sampled, that of the average step, the fullest.
 kills       the questioner's server is killed (SIGKILL, whole process group) at random moments while 64 episodes play, and started again by
             a supervisor. Lost: problems without exactly one whole episode, answers other than those of a play without kills, breaches that
             ``monologue verify`` finds. Target: none. It can lose: a client that gives up, or asks twice and keeps both, shows here.
@@ -20,6 +21,7 @@ import asyncio
 import json
 import platform
 import random
+import re
 import statistics
 import tempfile
 import threading
@@ -32,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 
 from monologue.agents.load import seat
 from monologue.backends.base import Prompt, Sampling
@@ -48,6 +50,10 @@ from monologue.traces.store import RunReader
 ROLES = ("questioner", "answerer")
 COLD = Sampling(temperature=0.0)
 TOGETHER = 64
+CLIENTS = dict[Path, dict[str, SGLangBackend]]()
+"""Of each play, for whoever watches."""
+STEP = re.compile(r"Decode batch.*?#running-req: (\d+)")
+"""A line of a server's log (``--decode-log-interval 1``)."""
 
 
 async def overhead(url: str, calls: int) -> dict[str, Any]:
@@ -55,10 +61,11 @@ async def overhead(url: str, calls: int) -> dict[str, Any]:
     served, sampling = SGLangBackend(url), Sampling(temperature=0.0, max_tokens=1)
     ids, raw, ours = tuple(range(20, 120)), list[float](), list[float]()
     body = {**served._requests.generation(Prompt(ids), (), sampling), "rid": ""}
-    async with httpx.AsyncClient(base_url=url, timeout=None, trust_env=False) as plain:
+    async with aiohttp.ClientSession() as plain:
         for number in range(calls + 20):
             started = time.perf_counter()
-            (await plain.post("/generate", json={**body, "rid": f"{number:032x}"})).json()
+            async with plain.post(f"{url}/generate", json={**body, "rid": f"{number:032x}"}) as answer:
+                await answer.json()
             between = time.perf_counter()
             await served.generate(Prompt(ids), sampling)
             if number >= 20:
@@ -75,7 +82,7 @@ def play(urls: dict[str, str], n: int, run: Path, **options: Any) -> Summary:
     """A greedy play on served policies."""
 
     async def go() -> Summary:
-        clients = {role: SGLangBackend(url, limit=TOGETHER, **options) for role, url in urls.items()}
+        clients = CLIENTS[run] = {role: SGLangBackend(url, limit=TOGETHER, **options) for role, url in urls.items()}
         seats = {role: seat(client, role, COLD, role) for role, client in clients.items()}
         try:
             return await aplay("monologue", Shapes().problems("validation", n), seats, run, progress=False, concurrency=TOGETHER)
@@ -93,40 +100,54 @@ def load_of(url: str) -> tuple[int, int]:
     return sum(one["num_running_reqs"] for one in loads), sum(one["num_waiting_reqs"] for one in loads)
 
 
-def occupancy(urls: dict[str, str], n: int) -> dict[str, Any]:
-    """How many of the 64 episodes have a request in a server."""
-    samples, done = list[tuple[tuple[int, int], ...]](), threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.05):
-            samples.append(tuple(load_of(url) for url in urls.values()))
-
-    watcher = threading.Thread(target=watch)
+def occupancy(servers: dict[str, Server], n: int) -> dict[str, Any]:
+    """How many of the 64 episodes have a request in a server, and in batches of what size their tokens were sampled."""
+    urls, samples, done = {role: server.url for role, server in servers.items()}, list[dict[str, float]](), threading.Event()
     with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+
+        def watch() -> None:
+            while not done.wait(0.05):
+                sent = {f"sent_{role}": client.fleet.under_way for role, client in CLIENTS.get(run, {}).items()}
+                loads = {role: load_of(url) for role, url in urls.items()}
+                samples.append(
+                    {**sent, **{role: load[0] for role, load in loads.items()}, "queue": any(load[1] for load in loads.values())}
+                )
+
+        watcher, logged = threading.Thread(target=watch), {role: server.log.stat().st_size for role, server in servers.items()}
         watcher.start()
         started = time.perf_counter()
         try:
-            summary = play(urls, n, Path(folder) / "run")
+            summary = play(urls, n, run)
         finally:
             done.set()
             watcher.join()
         seconds = time.perf_counter() - started
     full = samples[len(samples) // 10 : int(0.7 * len(samples))]  # without the beginning and the tail, when fewer episodes are left
-    by_role = {role: round(statistics.fmean(sample[i][0] for sample in full), 1) for i, role in enumerate(urls)}
-    waiting = statistics.fmean(any(load[1] for load in sample) for sample in full)
-    busy = statistics.fmean(sum(load[0] + load[1] for load in sample) for sample in full)
+
+    def mean(*names: str) -> float:
+        return round(statistics.fmean(sum(sample[name] for name in names) for sample in full), 2)
+
+    sent = mean(*(f"sent_{role}" for role in urls))
     return {
         "part": "occupancy",
         "episodes": n,
         "failed": len(summary.failed),
         "seconds": round(seconds, 1),
-        "running": by_role,
-        "in_servers": round(busy, 1),
-        "occupancy": round(busy / TOGETHER, 3),
-        "samples_with_a_queue": round(waiting, 3),
+        "under_way": {**{role: mean(f"sent_{role}") for role in urls}, "both": sent},
+        "running": {role: mean(role) for role in urls},
+        "batch": {role: batches(servers[role].log, logged[role]) for role in urls},
+        "occupancy": round(sent / TOGETHER, 3),
+        "samples_with_a_queue": mean("queue"),
         "samples": len(full),
         "cached": {turn + 1: round(share, 3) for turn, share in summary.cached().items()},
     }
+
+
+def batches(log: Path, since: int) -> dict[str, float]:
+    """Requests in a decode step, from a server's log: of the average token, of the average step, of the fullest."""
+    sizes = [int(size) for size in STEP.findall(log.read_bytes()[since:].decode(errors="replace"))]
+    return {"token": round(sum(size**2 for size in sizes) / sum(sizes), 1), "step": round(statistics.fmean(sizes), 1), "most": max(sizes)}
 
 
 def kills(start: Any, answerer: str, wanted: int) -> dict[str, Any]:
@@ -176,7 +197,7 @@ def measured(chosen: argparse.Namespace, servers: dict[str, Server], start: Any)
     if chosen.calls:
         yield asyncio.run(overhead(urls["questioner"], chosen.calls))
     if chosen.episodes:
-        yield occupancy(urls, chosen.episodes)
+        yield occupancy(servers, chosen.episodes)
     if chosen.kills:
         servers["questioner"].stop()
         yield kills(start, urls["answerer"], chosen.kills)
@@ -197,7 +218,12 @@ def main() -> None:
     chosen = options.parse_args()
     with ExitStack() as running:
         logs = Path(running.enter_context(tempfile.TemporaryDirectory()))
-        common = {"python": chosen.python, "device": chosen.device, "dtype": chosen.dtype, "flags": chosen.flag}
+        common = {
+            "python": chosen.python,
+            "device": chosen.device,
+            "dtype": chosen.dtype,
+            "flags": ["--decode-log-interval", "1", *chosen.flag],
+        }
 
         def start(role: str, **more: Any) -> Server:
             return launch(getattr(chosen, f"{role}_model"), log=logs / f"{role}.log", **common, **more)

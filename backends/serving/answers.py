@@ -44,6 +44,11 @@ def read_scores(answer: dict[str, Any], prompt: Sequence[int], ids: Sequence[int
     return tuple(float(row[0]) - math.log1p(-mass) for row, mass in zip(rows, taken, strict=True))
 
 
+def versions(meta: dict[str, Any]) -> list[str]:
+    """Of the weights that sampled an answer, in order; the last one twice where there were several."""
+    return [*(name for name, _, _ in _weights(meta)), version(meta.get("weight_version"))]
+
+
 def _check_prompt(answer: dict[str, Any], prompt: Sequence[int]) -> None:
     """The server read the ids that the trace holds, pictures expanded."""
     count, read = answer["meta_info"].get("prompt_tokens"), answer.get("prompt_token_ids")

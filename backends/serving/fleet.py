@@ -8,8 +8,12 @@ After ``load`` has returned, an answer of any other version is thrown away and a
 back first. A swap by somebody else is told apart: an episode that began under other weights fails with both versions named, the next ones
 play on with the new.
 
-    swap="wait"       new requests wait until those under way have ended, then the weights change: one version a generation
+    swap="wait"       our new requests wait until those under way have ended, then the weights change: one version a generation
     swap="midway"     requests under way are held, their cache is dropped, and they go on with the new weights: versions by token
+
+Either way the server is paused while it changes. Asked for other weights unpaused, SGLang 0.5.21 waits for its answers to be sent, not for
+its scheduler to have tidied up behind them, and where it has not, its own assertion "Cache flush failed after updating weights" kills it.
+Requests of others that are under way go on with the new weights.
 
 A LoRA adapter is asked for by name in every request, and its name is its version, since a server that has unloaded a name loads it again
 from its old place without a word.
@@ -21,13 +25,14 @@ import asyncio
 import hashlib
 import uuid
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 from monologue.backends.base import BackendError, BackendUnavailable, RequestRefused
-from monologue.backends.serving.answers import version, whole
+from monologue.backends.serving.answers import versions, whole
 from monologue.backends.wire import Heard, Wire
 
 Swap = Literal["wait", "midway"]
@@ -64,6 +69,41 @@ class Answer:
     """Adapter that was asked for."""
 
 
+class Gate:
+    """Lets everybody through until it is closed; who closes it waits until those inside have left. One closes it at a time."""
+
+    def __init__(self) -> None:
+        self.inside = 0
+        """How many are inside."""
+        self._open, self._empty = asyncio.Event(), asyncio.Event()
+        self._open.set()
+        self._empty.set()
+
+    @asynccontextmanager
+    async def through(self) -> AsyncIterator[None]:
+        """A place inside, as soon as the gate is open."""
+        while not self._open.is_set():
+            await self._open.wait()
+        self.inside += 1
+        self._empty.clear()
+        try:
+            yield
+        finally:
+            self.inside -= 1
+            if not self.inside:
+                self._empty.set()
+
+    @asynccontextmanager
+    async def closed(self) -> AsyncIterator[None]:
+        """Nobody is inside."""
+        self._open.clear()
+        try:
+            await self._empty.wait()
+            yield
+        finally:
+            self._open.set()
+
+
 class Fleet:
     """Everything here runs on one event loop."""
 
@@ -78,11 +118,17 @@ class Fleet:
         """Versions of full weights that an answer may carry; empty while none were loaded from here."""
         self._began: OrderedDict[str, str] = OrderedDict()
         self._changing = asyncio.Lock()
+        self._gate = Gate()
 
     @property
     def wires(self) -> list[Wire]:
         """Every server, none twice."""
         return list({wire.url: wire for _, behind in self._fronts for wire in behind}.values())
+
+    @property
+    def under_way(self) -> int:
+        """Requests that were sent and are not answered yet."""
+        return self._gate.inside
 
     @property
     def _named(self) -> str | None:
@@ -102,18 +148,19 @@ class Fleet:
         """
         wire, behind = self._fronts[_share(affinity, len(self._fronts))]
         for _ in range(RELOADS):
-            adapter = self._named
             try:
-                named = body if adapter is None else {**body, "lora_path": adapter}
-                content = await self._posted(wire, behind, affinity, named, heard)
+                async with self._gate.through():
+                    adapter, welcome = self._named, self._welcome
+                    named = body if adapter is None else {**body, "lora_path": adapter}
+                    content = await self._posted(wire, behind, affinity, named, heard)
             except RequestRefused:
                 if adapter is None or all([adapter in await _adapters(one, self.timeout) for one in behind]):
                     raise
             else:
                 if adapter != self._named:  # an adapter that was dropped meanwhile is loaded again by a request that names it
                     continue
-                found = version(content["meta_info"].get("weight_version"))
-                if found in self._welcome or not self._welcome:
+                *before, found = versions(content["meta_info"])
+                if not self._welcome or (found in self._welcome and (not welcome or welcome | self._welcome >= set(before))):
                     self._check_steady(affinity, found, wire)
                     return Answer(content, wire.url, adapter)
             for one in behind:
@@ -127,8 +174,9 @@ class Fleet:
             before = set(self._welcome)
             self._welcome = before | {loaded.version} if before else set()
             try:
-                for wire in self.wires:
-                    await _take(wire, loaded, swap)
+                async with self._gate.closed() if swap == "wait" else nullcontext():
+                    for wire in self.wires:
+                        await _take(wire, loaded)
             except BaseException:
                 self._welcome = before
                 raise
@@ -197,7 +245,7 @@ class Fleet:
         async with self._changing:
             if self._weights and await _version(wire, self.timeout) != self._weights.version:
                 self.reloads += 1
-                await _take(wire, self._weights, "wait")
+                await _take(wire, self._weights)
             if self._adapter and self._adapter.version not in await _adapters(wire, self.timeout):
                 self.reloads += 1
                 await _attach(wire, self._adapter)
@@ -232,16 +280,14 @@ async def _adapters(wire: Wire, timeout: float) -> set[str]:
     return {str(one.get("id")) for one in (await wire.get("/v1/models", timeout=timeout)).get("data", ())}
 
 
-async def _take(wire: Wire, loaded: Loaded, swap: Swap) -> None:
-    """Full weights to one server, checked by asking it."""
-    if swap == "midway":
-        await wire.post("/pause_generation", {"mode": "retract"}, timeout=LOAD_SECONDS)
+async def _take(wire: Wire, loaded: Loaded) -> None:
+    """Full weights to one server, checked by asking it. What it works on is held meanwhile, and begins anew from the ids it has."""
+    await wire.post("/pause_generation", {"mode": "retract"}, timeout=LOAD_SECONDS)
     try:
         body = {"model_path": loaded.folder, "weight_version": loaded.version, "flush_cache": True}
         answer = await wire.post("/update_weights_from_disk", body, timeout=LOAD_SECONDS, name=f"weights {loaded.version!r}")
     finally:
-        if swap == "midway":
-            await wire.post("/continue_generation", {}, timeout=LOAD_SECONDS)
+        await wire.post("/continue_generation", {}, timeout=LOAD_SECONDS)
     if answer.get("success") is not True:
         raise BackendError(f"the server {wire.url} did not take the weights {loaded.version!r}: {answer.get('message')!r}")
     if (now := await _version(wire, LOAD_SECONDS)) != loaded.version:
