@@ -120,7 +120,7 @@ def _read_straight(model: Any, source: str) -> bool:
     own = model.state_dict()
     tied = {name: next(other for other in own if own[other].data_ptr() == value.data_ptr()) for name, value in own.items()}
     same = _plain(open_config(source, local_files_only=True).to_dict()) == _plain(model.config.to_dict())
-    with safe_open(file, "pt") as found:
+    with _one_sentence(source, "safetensors weights"), safe_open(file, "pt") as found:
         names = set(found.keys())
         shaped = all(name in own and list(own[name].shape) == found.get_slice(name).get_shape() for name in names)
         if not same or not shaped or {tied[name] for name in own} != {tied[name] for name in names}:

@@ -209,7 +209,7 @@ def _greedy(seats: Seats) -> dict[str, Any]:
 
 QUICK = {"examine_every": 0, "save_every": 5, "trees": True, "verified": 16, "reference": False}
 SHORT = {**QUICK, "iterations": 40}
-ALL = {**SHORT, "families": ",".join(FAMILIES), "max_turns": 8}
+ALL = {**SHORT, "iterations": 25, "families": ",".join(FAMILIES), "max_turns": 8}
 ONE: dict[str, Any] = {"families": "attribute,near,kin"}
 SIGHT = {**SHORT, "trained": ["answerer"], "lr": 1e-4}
 BOTH = {**SHORT, "trained": ["questioner", "answerer"], "lr": {"questioner": 3e-4, "answerer": 1e-4}}
