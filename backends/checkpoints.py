@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -100,11 +100,35 @@ def open_model(source: str, *, device: str, dtype: torch.dtype, local_files_only
 
 
 def take_weights(model: Any, source: str) -> None:
-    """Copies the weights of another checkpoint of the same shape into ``model``; on an error the old weights stay whole."""
+    """Copies the weights of another checkpoint of the same shape into ``model``; on an error the old weights stay whole.
+
+    A file that names its weights as the model does is read straight into it; others are opened as a model of their own first.
+    """
+    if _read_straight(model, source):
+        return
     other = open_model(source, device="cpu", dtype=model.dtype, local_files_only=True)
     if type(other) is not type(model) or _plain(other.config.to_dict()) != _plain(model.config.to_dict()):
         raise BackendError(f"expected weights for the same {type(model).__name__} configuration in {source!r}, got another one")
     model.load_state_dict(other.state_dict(), strict=True)
+
+
+def _read_straight(model: Any, source: str) -> bool:
+    """Whether the folder's weights could be copied name by name; nothing is copied where they could not."""
+    file, config = Path(source) / "model.safetensors", Path(source) / "config.json"
+    if not (file.is_file() and config.is_file()):
+        return False
+    own = model.state_dict()
+    tied = {name: next(other for other in own if own[other].data_ptr() == value.data_ptr()) for name, value in own.items()}
+    same = _plain(open_config(source, local_files_only=True).to_dict()) == _plain(model.config.to_dict())
+    with _one_sentence(source, "safetensors weights"), safe_open(file, "pt") as found:
+        names = set(found.keys())
+        shaped = all(name in own and list(own[name].shape) == found.get_slice(name).get_shape() for name in names)
+        if not same or not shaped or {tied[name] for name in own} != {tied[name] for name in names}:
+            return False
+        with torch.no_grad():
+            for name in names:
+                own[name].copy_(found.get_tensor(name))
+    return True
 
 
 def save_checkpoint(

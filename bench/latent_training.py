@@ -11,7 +11,7 @@ width 512, 200 prompt ids of which 100 are visual, float32), decoder trained, to
     released        the released IVT-LR code, detached: n + 1 forward passes
 
 Figures: median, least and most of wall and processor seconds, token-positions of the forward, peak memory above the loaded model (a forked
-process each). Accuracy is another matter: docs/latent.md says where it is measured.
+process each). What each way learns is another matter.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def ours(model: Path, folder: Path, facts: dict[str, Any]) -> list[dict[str, flo
         {
             **{"questioner": str(model), "graph": "blind", "problems": facts["episodes"] // facts["samples"], "samples": facts["samples"]},
             **{"max_tokens": facts["tokens"], "iterations": facts["iterations"], "lr": facts["lr"], "truncated": True, "max_turns": 1},
-            **{"rewards": {"odd": 1.0}, "reference": False, "save_every": facts["iterations"]},
+            **{"rewards": {"odd": 1.0}, "reference": False, "save_every": facts["iterations"], "verified": 8, "trees": True},
         }
     )
     return [{"seconds": line["seconds"], "sampled": line["sampled"]} for line in reinforce(recipe, folder, Shapes())]

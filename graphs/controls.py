@@ -1,15 +1,18 @@
-"""Controls: the answerer's evidence is about another problem. A monologue that reasons from evidence must fail them.
+"""Controls: the answerer's evidence is about another problem, or is no answer to what was to be found out. A monologue that reasons from
+evidence must fail them.
 
 Every problem gets a partner, another problem of the same family where the family has two or more, by a derangement drawn from
 the seed.
 
     wrong-picture     the answerer sees the partner's picture and is asked what the questioner asks.
+    random-questions  the answerer sees its own picture, but in place of the questioner's k-th question it is asked the k-th look-up of
+                      the partner's oracle monologue: a valid question, drawn at random among those of the family.
     shuffle-answers   the answerer sees the partner's picture, and in place of the questioner's k-th question it is asked the
                       k-th look-up of the partner's own oracle monologue (k modulo their number). So the questioner hears
                       replies of the kind that it expects, from an answerer at work on another problem, but independent of
                       its own picture and of what it asked.
 
-An oracle in the answerer's seat recites the partner's replies under either control. Spans record what each policy really saw
+An oracle in the answerer's seat recites the partner's replies where the picture is the partner's. Spans record what each policy really saw
 and heard; the episode's ``extra`` names the control and the partner.
 """
 
@@ -22,7 +25,7 @@ from collections.abc import Callable, Sequence
 from monologue.graphs.state import GraphError, same_question
 from monologue.tasks.base import Problem
 
-CONTROLS = ("shuffle-answers", "wrong-picture")
+CONTROLS = ("random-questions", "shuffle-answers", "wrong-picture")
 
 
 def partners(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:
@@ -46,11 +49,16 @@ def partners(problems: Sequence[Problem], seed: int) -> dict[str, Problem]:
     return found
 
 
+def shown(control: str | None, problem: Problem, partner: Problem | None) -> Problem:
+    """Whose picture the answerer sees."""
+    return problem if partner is None or control == "random-questions" else partner
+
+
 def other_questions(control: str | None, partner: Problem | None) -> Callable[[int, str], str]:
     """What the answerer is asked in place of the questioner's question."""
-    if control != "shuffle-answers" or partner is None:
+    if control not in ("random-questions", "shuffle-answers") or partner is None:
         return same_question
     if not partner.oracle:
-        raise GraphError(f"shuffle-answers asks the partner's own look-ups, but problem {partner.id!r} has no oracle; use wrong-picture")
+        raise GraphError(f"{control} asks the partner's own look-ups, but problem {partner.id!r} has no oracle; use wrong-picture")
     turns = partner.oracle
     return lambda look, question: turns[look % len(turns)].question

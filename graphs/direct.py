@@ -55,7 +55,7 @@ def build_look() -> Any:
     return build(choices=False)
 
 
-def oracle(problem: Problem) -> Mapping[str, tuple[Action, ...]]:
+def oracle(problem: Problem, choices: int = 1) -> Mapping[str, tuple[Action, ...]]:
     """Gold at once."""
     if problem.gold is None:
         raise GraphError(f"problem {problem.id!r} has no gold answer for the oracle to give")

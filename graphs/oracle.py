@@ -32,7 +32,10 @@ class Lines:
     def __init__(self, graph: Graph, problem: Problem, role: str, codec: Codec) -> None:
         if graph.oracle is None:
             raise GraphError(f"graph {graph.name!r} has no oracle; seat a policy there")
-        self._actions, self._codec = graph.oracle(problem)[role], codec
+        actions = graph.oracle(problem, **graph.options)
+        if role not in actions:
+            raise GraphError(f"the oracle does not know what {role!r} would say in the graph {graph.name!r}; seat a policy there")
+        self._actions, self._codec = actions[role], codec
 
     @property
     def sampling(self) -> Sampling:

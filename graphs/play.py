@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from monologue.agents.policy import Policy, Usage
 from monologue.agents.tools import Toolbox
 from monologue.backends.base import BackendTimeout, BackendUnavailable
-from monologue.graphs.controls import CONTROLS, other_questions, partners
+from monologue.graphs.controls import CONTROLS, other_questions, partners, shown
 from monologue.graphs.oracle import Seat
 from monologue.graphs.registry import Graph, find
 from monologue.graphs.state import Context, GraphError
@@ -109,11 +109,12 @@ class Table:
 
     async def _run(self, job: Job) -> tuple[Mapping[str, Any], list[list[Usage]]]:
         problem, partner = job.problem, self.partners.get(job.problem.id)
+        seen = shown(self.control, problem, partner)
         with self._record(job, partner) as record:
             context = Context(
-                seats={role: self._seated(role, problem, partner or problem) for role in self.seats},
+                seats={role: self._seated(role, problem, seen) for role in self.seats},
                 record=record,
-                pictures=self._pictures(record, partner or problem),
+                pictures=self._pictures(record, seen),
                 seed=_mix(self.seed, problem.id, job.sample),
                 max_turns=self.max_turns,
                 toolbox=self.toolbox,
@@ -225,6 +226,8 @@ async def aplay(
     chosen = find(graph) if isinstance(graph, str) else graph
     _check(chosen, seats, control, samples=samples, concurrency=concurrency, max_turns=max_turns)
     _check_options(part, deadline, retries, capture)
+    if control == "random-questions" and not isinstance(seats["answerer"], Policy):
+        raise GraphError("an oracle recites the replies to its own questions whatever it is asked; with random-questions seat a policy")
     problems = list(problems) if control else problems
     settings = {
         **(config or {}),

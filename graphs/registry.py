@@ -13,8 +13,8 @@ from typing import Any
 
 from monologue.agents.messages import Action
 from monologue.graphs import blind, caption, direct, latent, monologue
+from monologue.graphs.controls import CONTROLS
 from monologue.graphs.state import GraphError
-from monologue.tasks.base import Problem
 
 Script = Mapping[str, tuple[Action, ...]]
 """What each role says, in order."""
@@ -30,8 +30,8 @@ class Graph:
     """Seats that need a policy."""
     build: Callable[..., Any]
     """Gives the compiled LangGraph graph; options by keyword."""
-    oracle: Callable[[Problem], Script] | None = None
-    """What perfect policies would say; None where nobody knows."""
+    oracle: Callable[..., Script] | None = None
+    """What perfect policies would say to a problem, given the options; None where nobody knows."""
     controls: tuple[str, ...] = ()
     """The controls that make sense in it."""
     options: Mapping[str, int] = field(default_factory=dict)
@@ -79,7 +79,7 @@ def find(name: str) -> Graph:
     return found
 
 
-register(Graph("monologue", ("questioner", "answerer"), monologue.build, monologue.oracle, ("shuffle-answers", "wrong-picture")))
+register(Graph("monologue", ("questioner", "answerer"), monologue.build, monologue.oracle, CONTROLS))
 register(Graph("direct", ("answerer",), direct.build, direct.oracle, ("wrong-picture",)))
 register(Graph("look", ("answerer",), direct.build_look, direct.oracle, ("wrong-picture",)))
 register(Graph("caption", ("questioner", "answerer"), caption.build, caption.oracle, ("wrong-picture",)))

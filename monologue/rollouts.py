@@ -15,18 +15,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from monologue.agents.hindsight import counterfactual, progress
 from monologue.agents.load import load_policy
 from monologue.agents.policy import Policy
 from monologue.backends.base import Sampling
 from monologue.graphs.play import play
 from monologue.graphs.registry import find
-from monologue.seating import starter
+from monologue.seating import chat_model, starter
 from monologue.tasks.base import Problem, Task
 from monologue.traces.store import RunError, RunWriter
+from monologue.training.credit import COUNTERFACTUAL
+from monologue.training.judges import judged, rated
 from monologue.training.policies import Learner
 from monologue.training.recipe import RecipeError
 from monologue.training.reinforce import reinforce as train
 from monologue.training.reinforcement import Reinforcement
+from monologue.training.rewards import Reward
 
 TOGETHER = 128
 """Episodes at once."""
@@ -71,6 +75,14 @@ class Rollouts:
 
     def policy(self, role: str) -> str:
         return self.seats[role].policy_id
+
+    def rewards(self) -> dict[str, Reward]:
+        """Progress and counterfactuals by the questioner as it is, and the recipe's judge."""
+        found: dict[str, Reward] = {}
+        if "questioner" in self.seats:
+            asker = self.seats["questioner"]
+            found |= {"progress": progress(asker), COUNTERFACTUAL: counterfactual(asker)}
+        return found | ({"judge": judged(rated(chat_model(self.recipe.judge)))} if self.recipe.judge else {})
 
     def examine(self, iteration: int) -> dict[str, float]:
         """Accuracy on the first validation problems."""

@@ -143,23 +143,29 @@ def _served(endpoints: str, role: str, sampling: Sampling) -> Policy:
 
 def _hosted(named: str, role: str, sampling: Sampling) -> Policy:
     """A chat model by LangChain's names, sampled as the command says."""
-    _, provider, model = (*named.split(":", 2), "", "")[:3]
-    if not provider or not model:
-        raise UsageError(f"a hosted model is named --{role} chat:PROVIDER:MODEL, e.g. chat:openai:gpt-5-mini, got {named!r}")
-    try:
-        from langchain.chat_models import init_chat_model
-    except ModuleNotFoundError as error:
-        raise UsageError(f"{named!r} needs LangChain's model classes; pip install 'monologue[chat]'") from error
     from monologue.agents.hosted import hosted
 
     settings: dict[str, Any] = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
     if sampling.top_p < 1:
         settings["top_p"] = sampling.top_p
+    name = named.removeprefix("chat:")
+    chat = chat_model(name, f"--{role} chat:", **settings)
+    return hosted(chat, policy_id=f"{role}-{name.partition(':')[2]}")
+
+
+def chat_model(named: str, place: str = "judge = ", **settings: Any) -> Any:
+    """A hosted model by LangChain's names, PROVIDER:MODEL; ``place`` is where it was named. Raises UsageError."""
+    provider, _, model = named.partition(":")
+    if not provider or not model:
+        raise UsageError(f"a hosted model is named {place}PROVIDER:MODEL, e.g. {place}openai:gpt-5-mini, got {named!r}")
     try:
-        chat = init_chat_model(model, model_provider=provider, **settings)
+        from langchain.chat_models import init_chat_model
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{named!r} needs LangChain's model classes; pip install 'monologue[chat]'") from error
+    try:
+        return init_chat_model(model, model_provider=provider, **settings)
     except Exception as error:  # each provider has its own: a package that is missing, a key that is not set
         raise UsageError(f"LangChain cannot open {named!r}: {str(error)[:300]}") from error
-    return hosted(chat, policy_id=f"{role}-{model}")
 
 
 def _oracle(policy: Policy, role: str) -> Seat:

@@ -7,10 +7,15 @@ import json
 from pathlib import Path
 
 from monologue.tables import table
+from monologue.usage import UsageError
 
 
 def train(options: argparse.Namespace) -> int:
-    """Trains a policy by a recipe."""
+    """Trains a policy by a recipe. Raises UsageError."""
+    if options.retokenize and options.stage != "imitate":
+        raise UsageError(
+            f"--retokenize puts words into ids that were never sampled: only 'imitate' learns from those, got {options.stage!r}"
+        )
     stages = {"starter": train_starter, "imitate": train_imitate, "reinforce": train_reinforce, "latent": train_latent}
     return stages[options.stage](options)
 
@@ -47,12 +52,25 @@ def train_imitate(options: argparse.Namespace) -> int:
     source = str(options.start or recipe.model)
     source = str(starter(recipe.role)) if source == "starter" else source
     out = options.out or Path("runs") / f"imitate-{recipe.role}"
-    facts = recipe.model_dump(exclude={"run", "model", "keep", "policy"})
-    report = imitate(recipe.run, source, out, keep=KEEP[recipe.keep], **facts)
+    facts, run = recipe.model_dump(exclude={"run", "model", "keep", "policy"}), Path(recipe.run)
+    if options.retokenize:
+        run = _retokenised(run, out / "retokenised", recipe.role, source)
+    report = imitate(run, source, out, keep=KEEP[recipe.keep], **facts)
     first, last = (report["curve"][end]["loss"] for end in (0, -1))
     print(f"{report['rows']} rows, {report['sampled']} sampled ids, loss {first:.3f} to {last:.3f}, written to {out}")
     print(f"play:  monologue play --{recipe.role} {out}")
     return 0
+
+
+def _retokenised(run: Path, out: Path, role: str, source: str) -> Path:
+    """The run in the student's ids, and a line about what was left out."""
+    from monologue.agents.load import load_policy
+    from monologue.retokenised import retokenise
+
+    drift = retokenise(run, out, role, load_policy(source, role))
+    lost = "".join(f"; left out: {count} x {cause}" for cause, count in drift.left_out.items())
+    print(f"{drift.kept} episodes said again in the ids of {source}{lost}")
+    return out
 
 
 def train_reinforce(options: argparse.Namespace) -> int:

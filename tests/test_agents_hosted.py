@@ -134,6 +134,25 @@ def test_imitation_learns_from_a_teacher(taught: Path, tmp_path: Path) -> None:
     assert report["rows"] == 12 and losses[-1] < 0.4 * losses[0]
 
 
+def test_a_run_in_nobodys_ids_is_put_into_the_students_by_the_command(
+    taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Id by id what the teacher would have said in the student's ids at once; imitation refuses the run as it lies."""
+    play("monologue", PROBLEMS, dict.fromkeys(ROLES, teacher()), tmp_path / "words", progress=False)
+
+    def told(run: Path, role: str) -> list[Any]:
+        found = ((call.turn, call.prompt_ids, call.sampled_ids, call.images) for call in calls(run) if call.role == role)
+        return sorted(found, key=repr)
+
+    for role in ROLES:
+        words = ["train", "imitate", "imitate", "--set", f'run="{tmp_path / "words"}"', "--set", f'role="{role}"', "--set", "steps=1"]
+        assert main([*words, "--out", str(tmp_path / "refused")]) == 2 and "not trainable" in capsys.readouterr().err
+        assert main([*words, "--out", str(tmp_path / role), "--retokenize"]) == 0
+        assert "12 episodes said again" in capsys.readouterr().out
+        assert told(tmp_path / role / "retokenised", role) == told(taught, role)
+    assert main(["train", "reinforce", "reinforce", "--retokenize"]) == 2 and "never sampled" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("objective", ["grpo", "topr"])
 def test_policy_gradients_refuse_a_teachers_words_and_say_why(taught: Path, tmp_path: Path, objective: str) -> None:
     recipe = {"runs": [str(taught)], "iterations": 1, "objective": {"name": objective}, "rows": 4, "reference": False}

@@ -313,6 +313,45 @@ def test_shuffled_answers_come_from_the_partners_picture_and_questions(tmp_path:
         assert "where is it ?" not in CODEC.text(call.prompt_ids)
 
 
+def test_random_questions_are_asked_about_the_right_picture(tmp_path: Path) -> None:
+    chosen = {problem.id: problem for problem in problems(8, "near")}
+    seats: dict[str, Seat] = {
+        "questioner": scripted(lambda request: "<conclude> red" if "<tool>" in request.text else "<look> where is it ?"),
+        "answerer": scripted(lambda request: "b2"),
+    }
+    shown: dict[str, dict[str, str]] = {}
+    for name, control in (("plain", None), ("random", "random-questions")):
+        play("monologue", list(chosen.values()), seats, tmp_path / name, control=control)
+        for episode in RunReader(tmp_path / name).episodes():
+            (call,) = [call for call in episode.calls() if call.role == "answerer"]
+            shown.setdefault(name, {})[episode.start.problem_id] = call.images[0].sha256
+            if control:
+                partner = chosen[str(episode.start.extra["partner"])]
+                assert partner.id != episode.start.problem_id and (partner.oracle or ())[0].question in CODEC.text(call.prompt_ids)
+    assert shown["plain"] == shown["random"]
+    with pytest.raises(GraphError, match="recites"):
+        play("monologue", list(chosen.values()), oracles(), tmp_path / "oracle", control="random-questions")
+
+
+def test_a_caption_is_heard_before_the_first_question_and_belongs_to_the_answerers_stream(tmp_path: Path) -> None:
+    heard: list[str] = []
+
+    def ask(request: Request) -> str:
+        heard.append(request.text)
+        return "red" if request.text.endswith("<conclude>") else "where is it ?"
+
+    answerer = scripted(lambda request: "a red star at b2" if "describe the picture" in request.text.rsplit("<user>", 1)[1] else "b2")
+    play("monologue:looks=2,caption=1", problems(1, "near"), {"questioner": scripted(ask), "answerer": answerer}, tmp_path / "run")
+    (episode,) = calls(tmp_path / "run")
+    assert [call.role[0] for call in episode] == ["a", "q", "a", "q", "a", "q"] and "<user> a red star at b2" in heard[0]
+    assert [call.prompt_ids.count(EYES.image_token_id or -1) for call in episode if call.role == "answerer"] == [9, 9, 9], "shown once"
+    play("monologue:looks=2,caption=1", problems(2, "near"), {"questioner": oracles()["questioner"], "answerer": answerer}, tmp_path / "q")
+    with pytest.raises(GraphError, match="caption must be 0 or 1"):
+        play("monologue:caption=2", problems(1), oracles(), tmp_path / "bad")
+    summary = play("monologue:caption=1", problems(1), oracles(), tmp_path / "nobody")
+    assert "does not know what 'answerer' would say" in str(summary.failed[0].error)
+
+
 def test_a_wrong_picture_is_another_problems_while_the_question_stays(tmp_path: Path) -> None:
     chosen = problems(8, "near")
     plain, wrong = tmp_path / "plain", tmp_path / "wrong"

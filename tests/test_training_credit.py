@@ -11,7 +11,8 @@ import pytest
 from monologue.traces.recorder import Recorder
 from monologue.traces.store import RunReader, RunWriter
 from monologue.training.credit import Averages, assign, at_turns, write
-from monologue.training.rewards import REWARDS, give, judged
+from monologue.training.judges import judged
+from monologue.training.rewards import REWARDS, give
 from monologue.training.rows import Row, read_rows, split
 
 FACTS: dict[str, Any] = {

@@ -24,8 +24,9 @@ from monologue.traces.page.detail import curves
 from monologue.traces.store import RunReader
 from monologue.traces.verify import verify
 from monologue.training.adapters import Lora
+from monologue.training.collate import Collate, score
 from monologue.training.gate import GateError
-from monologue.training.policies import Learner
+from monologue.training.policies import Learner, Policies
 from monologue.training.recipe import RecipeError, read_recipe
 from monologue.training.reinforce import latest, reinforce
 from monologue.training.reinforcement import Reinforcement
@@ -164,6 +165,39 @@ def test_the_released_scripts_view_cannot_pass_the_gate_and_can_be_had_on_purpos
     assert [bare.ids[piece.start : piece.stop] for piece in bare.pieces] == said
 
 
+def test_immo_as_in_the_paper_runs_for_a_few_seconds(tmp_path: Path) -> None:
+    """Caption first, two questions, a conclusion; ppo on exact match alone; the price of KL adapts for whoever's turn it is."""
+    recipe = Reinforcement.read({**read_recipe("immo"), "problems": 4, "iterations": 2, "guards": {"entropy": None}})
+    learners = {role: Learner.open(source_of(recipe, role)) for role in recipe.trained}
+    lines = reinforce(recipe, tmp_path, learners, Rollouts(recipe, Shapes(["near"]), seated(recipe)))
+    moved = [name for name in ("questioner", "answerer") for line in lines if f"{name} explained" in line]
+    assert moved == ["questioner", "answerer"] and "questioner explained" in lines[0] and "answerer explained" in lines[1]
+    assert lines[1]["questioner penalty"] < 0.2 and lines[1]["answerer penalty"] < 0.2, "below 6 nats the price falls"
+    for episode in RunReader(tmp_path).episodes():
+        assert [call.role[0] for call in episode.calls() if call.action] == ["a", "q", "a", "q", "a", "q"]
+        assert next(call.node for call in episode.calls()) == "caption"
+        rewards = {(note.name, note.weight) for note in episode.annotations if note.weight and note.name != "advantage"}
+        assert rewards == {("exact_match", 1.0)}
+
+
+def test_a_sample_of_the_batch_is_proven_and_the_rest_taken_as_recorded(tmp_path: Path) -> None:
+    """The same steps up to rounding; a wrong number in the sample still ends the run; all stale rows are recomputed."""
+    whole, some = (go(tmp_path / str(count), verified=count, reference=False, iterations=3) for count in (0, 4))
+    for one, two in zip(whole, some, strict=True):
+        assert 0 < two["compared"] < one["compared"] and two["losses"] == pytest.approx(one["losses"], abs=1e-4)
+    assert 0.3 < some[0]["entropy"] / whole[0]["entropy"] < 3
+
+    class Forgetful(Rollouts):
+        def push(self, role: str, folder: Path, version: str) -> None:
+            super().push(role, Path(starter(role)), version)
+
+    with pytest.raises(GateError, match=r"span [0-9a-f]{16}: recorded log-probs differ"):
+        go(tmp_path / "forgetful", stage=Forgetful, verified=4)
+    go(tmp_path / "old", keep=9)
+    lines = offline(tmp_path / "stale", tmp_path / "old", verified=1, reference=False, rows=18, iterations=1)
+    assert lines[0]["effective"] < 1.0 and 0 < lines[0]["compared"] < lines[0]["sampled"] / 2
+
+
 def test_recipes_refuse_what_cannot_be_honoured(capsys: pytest.CaptureFixture[str]) -> None:
     for settings, word in (
         ({"objective": {"name": "topr", "cap": 2.0}}, "cap"),
@@ -176,9 +210,17 @@ def test_recipes_refuse_what_cannot_be_honoured(capsys: pytest.CaptureFixture[st
         ({"runs": ["x"], "problems": 3}, "belong to playing"),
         ({"rows": 3}, "belong to logged runs"),
         ({"speed": 1}, "speed"),
+        ({"mixed": "bfloat16"}, "tolerance of its own"),
+        ({"verified": 4, "objective": {"name": "ppo"}}, "does not go with objective 'ppo'"),
+        ({"verified": 4, "mixed": "bfloat16", "tolerance": 0.1}, "mixed='bfloat16'"),
+        ({"shard": True, "lora": {}}, "not sharded"),
     ):
         with pytest.raises(RecipeError, match=word):
             Reinforcement.read(settings)
+    with pytest.raises(RecipeError, match="several processes, got one"):
+        Policies({}).shard()
+    with pytest.raises(RecipeError, match="cannot be resumed"):
+        reinforce(Reinforcement(shard=True), "/nowhere", {}, resume=True)
     with pytest.raises(RecipeError, match="unknown rewards beauty"):
         reinforce(Reinforcement(rewards={"beauty": 1.0}), "/nowhere", {})
     for shipped in ("reinforce", "outcome", "immo"):
@@ -220,16 +262,28 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_with_what_was_pla
     assert len(list(RunReader(tmp_path).episodes())) == 2 * 9
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    """Only the first plays and writes; each learns from its share of the rows; gradients meet over gloo."""
+def test_two_processes_take_the_steps_of_one_with_whole_weights_and_with_shared_out_ones(tmp_path: Path) -> None:
+    """Only the first plays and writes; each learns from its share of the rows; gradients, and shares of the weights, meet over gloo."""
     own = {"iterations": 2, "dtype": "float64", "tolerance": 1e-3, "minibatches": 2}
-    for name, launcher in (("one", ()), ("two", ("-m", "torch.distributed.run", "--nproc-per-node", "2"))):
-        done = subprocess.run(command(tmp_path / name, launcher=launcher, **own), **surroundings())
+    plain = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    for name, launcher, more in (("one", (), {}), ("two", plain, {}), ("sharded", (*launch, "--dynamo_backend", "no"), {"shard": True})):
+        done = subprocess.run(command(tmp_path / name, launcher=launcher, **own, **more), **surroundings())
         assert done.returncode == 0, done.stderr.decode()
-    for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
-        assert one[0] == pytest.approx(two[0], abs=1e-6) and one[1:] == pytest.approx(two[1:], abs=1e-6) and len(one[0]) == 4
-    apart = gap(tmp_path / "one" / "questioner", tmp_path / "two" / "questioner")
-    assert apart < 1e-6 < 1e-5 < gap(tmp_path / "one" / "questioner", starter("questioner"))
+    for name in ("two", "sharded"):
+        for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / name), strict=True):
+            assert one[0] == pytest.approx(two[0], abs=1e-6) and one[1:] == pytest.approx(two[1:], abs=1e-6) and len(one[0]) == 4
+        apart = gap(tmp_path / "one" / "questioner", tmp_path / name / "questioner")
+        assert apart < 1e-6 < 1e-5 < gap(tmp_path / "one" / "questioner", starter("questioner"))
+    assert not list((tmp_path / "sharded" / "trainer").glob("checkpoint-*"))
+
+
+def test_matrix_products_in_bfloat16_learn_and_are_told_apart_from_the_engines(tmp_path: Path) -> None:
+    lines = go(tmp_path, mixed="bfloat16", tolerance=0.2, passes=2)
+    assert all(1e-5 < line["drift"] < 0.02 for line in lines) and 0 <= lines[0]["kl"] < 1e-3 < lines[1]["kl"]
+    assert {str(value.dtype) for value in load_file(tmp_path / "questioner" / "model.safetensors").values()} == {"torch.float32"}
+    with pytest.raises(GateError, match="differ by"):
+        go(tmp_path / "strict", mixed="bfloat16", tolerance=1e-5)
 
 
 def test_a_killed_run_goes_on_with_the_same_losses_to_the_last_bit(tmp_path: Path) -> None:
@@ -253,3 +307,27 @@ def test_a_killed_run_goes_on_with_the_same_losses_to_the_last_bit(tmp_path: Pat
     finished = [e for e in RunReader(tmp_path / "killed").episodes() if e.complete]
     assert len(finished) == 6 * 9 == len({e.start.episode_id for e in finished}), "nothing was played twice"
     assert not torch.isnan(torch.tensor([value for line in losses(tmp_path / "whole") for value in line[0]])).any()
+
+
+def test_rows_that_begin_alike_share_a_line_and_nothing_else_changes(tmp_path: Path) -> None:
+    """Log-probs and gradients of both roles, pictures included, are those of separate rows; fewer ids are read."""
+    go(tmp_path / "run", trained=["questioner", "answerer"], iterations=1)
+    reader = RunReader(tmp_path / "run")
+    for role in ("questioner", "answerer"):
+        learner, rows = Learner.open(str(starter(role)), dtype="float64"), list(read_rows(reader, [role]))
+        told = {}
+        for trees in (False, True):
+            batch = Collate(learner.inputs, reader.picture, trees=trees)(rows)
+            logprobs = score(learner.checkpoint.model, batch, learner.inputs.banned).logprobs
+            learner.checkpoint.model.zero_grad()
+            (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
+            gradient = torch.cat([one.grad.flatten() for one in learner.trained if one.grad is not None])
+            told[trees] = (logprobs.detach(), gradient, batch.inputs["input_ids"].numel(), batch.sampled)
+        plain, shared = told[False], told[True]
+        assert torch.equal(plain[3], shared[3]) and float((plain[0] - shared[0]).abs().max()) < 1e-9
+        assert float((plain[1] - shared[1]).abs().max()) < 1e-6 * float(plain[1].abs().max()) and shared[2] < 0.8 * plain[2]
+        if role == "answerer":
+            assert len(batch.inputs["image_grid_thw"]) == 3 < len(rows), "a picture is encoded once for its group"
+    settings: dict[str, Any] = {"iterations": 1, "passes": 3, "dtype": "float64", "tolerance": 1e-3}
+    plain_line, trees_line = (go(tmp_path / str(trees), trees=trees, **settings)[0] for trees in (False, True))
+    assert plain_line["losses"] == pytest.approx(trees_line["losses"], abs=1e-5) and len(set(plain_line["losses"])) == 3

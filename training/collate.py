@@ -14,7 +14,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from monologue.backends.base import Sampling
 from monologue.backends.inputs import Inputs
 from monologue.backends.sampling import log_distribution
 from monologue.training.rows import Piece, Row
+from monologue.training.trees import Line, lines, mask, parts
 
 PLAIN = Sampling(temperature=1.0)
 
@@ -41,9 +42,11 @@ class Batch:
     inputs: dict[str, Tensor]
     """What the model's forward takes: ids (B, L), mask (B, L), positions (P, B, L) or (B, L), pixels (N, values), grids (pictures, 3)."""
     row: Tensor
-    """(S,) row of each sampled id."""
+    """(S,) line of each sampled id: its row, unless rows share lines."""
     column: Tensor
-    """(S,) its place in the row."""
+    """(S,) its place in the line."""
+    before: Tensor
+    """(S,) the place whose logits predict it: one earlier, or where the line branches off."""
     piece: Tensor
     """(S,) number of its call among all calls of the batch."""
     trained: Tensor
@@ -62,24 +65,28 @@ class Batch:
 class Collate:
     """Makes batches for one checkpoint. ``picture`` gives a stored picture by its hash."""
 
-    def __init__(self, inputs: Inputs, picture: Callable[[str], Image], pad: int = 0) -> None:
-        self._inputs, self._picture, self._pad = inputs, picture, pad
+    def __init__(self, inputs: Inputs, picture: Callable[[str], Image], pad: int = 0, trees: bool = False) -> None:
+        """``trees``: rows of one problem share a line of the batch, and what they share is read once."""
+        self._inputs, self._picture, self._pad, self.trees = inputs, picture, pad, trees
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """Raises RowError for rows that do not fit the model, PictureError for pictures that are gone."""
         for row in rows:
             self._check(row)
-        found, pixels, grids = [], [], []
-        for row in rows:
+        layout = lines(rows) if self.trees else [Line((place,), 0) for place in range(len(rows))]
+        found: dict[int, Tensor] = {}
+        pixels, grids = [], []
+        for line in layout:
+            row = rows[line.rows[0]]
             patches, grid = self._inputs.pixels([self._picture(image.sha256) for image in row.images]) if row.images else (None, None)
-            found.append(self._inputs.positions(row.ids, grid))
+            found |= {place: self._inputs.positions(rows[place].ids, grid) for place in line.rows}
             if patches is not None and grid is not None:
                 pixels.append(patches)
                 grids.append(grid)
-        inputs = self._padded(rows, found)
+        inputs = self._padded(rows, layout, found)
         if pixels:
             inputs |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
-        return Batch(inputs, *_places(rows))
+        return Batch(inputs, *_places(rows, layout))
 
     def _check(self, row: Row) -> None:
         if not row.pieces:
@@ -92,32 +99,45 @@ class Collate:
         if self._inputs.image_token_id is not None and row.ids.count(self._inputs.image_token_id) != held:
             raise RowError(f"expected {held} placeholders in episode {row.episode_id}, got {row.ids.count(self._inputs.image_token_id)}")
 
-    def _padded(self, rows: Sequence[Row], found: Sequence[Tensor]) -> dict[str, Tensor]:
-        length, axes = max(len(row.ids) for row in rows), found[0].shape[0]
-        ids = torch.full((len(rows), length), self._pad)  # (B, L)
-        mask = torch.zeros(len(rows), length, dtype=torch.long)
-        positions = torch.zeros(axes, len(rows), length, dtype=torch.long)
-        for place, row in enumerate(rows):
-            ids[place, : len(row.ids)] = torch.tensor(row.ids)
-            mask[place, : len(row.ids)] = 1
-            positions[:, place, : len(row.ids)] = found[place]
-        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions[0] if axes == 1 else positions}
+    def _padded(self, rows: Sequence[Row], layout: Sequence[Line], found: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        longest = max(sum(stop - begin for _, _, begin, stop in parts(line, rows)) for line in layout)
+        ids = torch.full((len(layout), longest), self._pad)  # (B, L)
+        branches = torch.full_like(ids, -1)
+        positions = torch.zeros(found[0].shape[0], *ids.shape, dtype=torch.long)
+        for number, line in enumerate(layout):
+            end = 0
+            for place, branch, begin, stop in parts(line, rows):
+                here = slice(end, end + stop - begin)
+                ids[number, here], branches[number, here] = torch.tensor(rows[place].ids[begin:stop]), branch
+                positions[:, number, here] = found[place][:, begin:stop]
+                end = here.stop
+        seen = mask(branches) if self.trees else (branches > 0).long()
+        return {"input_ids": ids, "attention_mask": seen, "position_ids": positions[0] if len(positions) == 1 else positions}
 
 
-def _places(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Sampling, ...]]:
-    lines: list[tuple[int, int, int, float, float]] = []
+def _places(rows: Sequence[Row], layout: Sequence[Line]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Sampling, ...]]:
+    """Line, column, the column before, call, mask and recorded log-prob of each sampled id, row by row."""
+    home: dict[int, tuple[int, int, int]] = {}
+    for number, line in enumerate(layout):
+        end = 0
+        for place, branch, begin, stop in parts(line, rows):
+            if branch:
+                home[place] = number, begin, end - begin
+            end += stop - begin
+    table: list[tuple[int, int, int, int, float, float]] = []
     samplings: list[Sampling] = []
-    number = 0
+    call = 0
     for place, row in enumerate(rows):
+        number, shared, shift = home[place]
         for piece in row.pieces:
             values = piece.logprobs or (float("nan"),) * (piece.stop - piece.start)
-            columns = range(piece.start, piece.stop)
-            lines += [(place, at, number, float(one), value) for at, one, value in zip(columns, piece.loss_mask, values, strict=True)]
+            for at, one, value in zip(range(piece.start, piece.stop), piece.loss_mask, values, strict=True):
+                table.append((number, at + shift, at - 1 + (shift if at > shared else 0), call, float(one), value))
             samplings += [_sampling(piece)] * (piece.stop - piece.start)
-            number += 1
-    table = torch.tensor(lines, dtype=torch.float64)  # (S, 5)
-    row_of, column, piece_of = (table[:, axis].long() for axis in range(3))
-    return row_of, column, piece_of, table[:, 3], table[:, 4], tuple(samplings)
+            call += 1
+    columns = torch.tensor(table, dtype=torch.float64)  # (S, 6)
+    line_of, column, before, piece_of = (columns[:, axis].long() for axis in range(4))
+    return line_of, column, before, piece_of, columns[:, 4], columns[:, 5], tuple(samplings)
 
 
 def _sampling(piece: Piece) -> Sampling:
@@ -149,11 +169,11 @@ def score(
     """``sampled_logprobs``, and what else is asked for."""
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-    before = torch.unique(batch.column - 1)  # (K,) an id is predicted one place earlier
+    before = torch.unique(batch.before)  # (K,) places with logits
     out = model(**inputs, logits_to_keep=before.to(device), use_cache=False, output_hidden_states=states)
-    row, place = batch.row.to(device), torch.searchsorted(before, batch.column - 1).to(device)  # (S,)
+    row, place = batch.row.to(device), torch.searchsorted(before, batch.before).to(device)  # (S,)
     samplings = [PLAIN] if plain else batch.samplings
     log_probs = log_distribution(out.logits[row, place], samplings, banned)  # (S, V) of (B, K, V)
     found = log_probs.gather(-1, batch.sampled.to(device).unsqueeze(-1)).squeeze(-1)
     spread = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1) if entropies else None
-    return Scored(found, spread, out.hidden_states[-1][row, (batch.column - 1).to(device)] if states else None)
+    return Scored(found, spread, out.hidden_states[-1][row, batch.before.to(device)] if states else None)

@@ -7,11 +7,16 @@ rows: where each turn counts as a member of its group, a policy that asks less i
     team       the episode's reward and whatever else the role was given, for all its turns alike
     per_role   share * the episode's + (1 - share) * the role's own
     turn       what was earned from this turn on (discounted), compared among the turns with this number
+    counterfactual   by how much a question made the right outcome likelier, and its turn's rewards; elsewhere as ``team``
 
 The baseline leaves the episode itself out: A_i = R_i - mean of the others = G/(G-1) (R_i - mean), unbiased, no division by the standard
 deviation (RLOO, Ahmadian et al. 2024). Groups are of one problem, one role *and* one weights version. An episode without a sibling is
 compared with a running mean of its role's rewards (RAE, SPIRAL 2025): a raw reward is never taken for an advantage, as verl's GRPO does
 in silence.
+
+``counterfactual`` compares a question with its own absence (``agents.hindsight`` tells, the trace holds it as COUNTERFACTUAL), so it has no
+other baseline: a question that changes nothing is neither praised nor blamed. Rewards of whole episodes reach only what ends them there;
+a price per question is then to be paid at the question (``asked``).
 
 Left out: division by the standard deviation (it weighs hard and easy problems alike, and is biased), trees of branches (AT-GRPO).
 """
@@ -30,8 +35,10 @@ from monologue.traces.schema import Annotation
 from monologue.traces.store import RunWriter
 from monologue.training.rows import Row
 
-Kind = Literal["team", "per_role", "turn"]
+Kind = Literal["team", "per_role", "turn", "counterfactual"]
 NAME = "advantage"
+COUNTERFACTUAL = "counterfactual"
+"""Annotation of a call: probability of the right conclusion with it, less that without it."""
 DECAY = 0.95
 Key = tuple[object, ...]
 
@@ -87,6 +94,8 @@ def assign(
             others = [reward for member, reward in groups[one.group].items() if member != one.member]
             told[place] = one.reward - math.fsum(others) / len(others) if others else averages.advantage(one.role, one.reward)
         found[one.span_id] = told[place]
+    if kind == "counterfactual":
+        found |= _against_absence(rows)
     shared = [list(group.values()) for group in groups.values() if len(group) > 1]
     flat = sum(max(values) == min(values) for values in shared)
     return Credit(found, len(shared), flat, sum(len(group) == 1 for group in groups.values()))
@@ -121,6 +130,22 @@ def _earned(rows: Sequence[Row], kind: Kind, share: float, discount: float) -> l
         else:
             reward = share * whole + (1 - share) * rest if kind == "per_role" else whole + rest
             found += [_Earned(piece.span_id, role, group, (episode,), reward) for row in own for piece in row.pieces]
+    return found
+
+
+def _against_absence(rows: Sequence[Row]) -> dict[str, float]:
+    """Of each call that was left out once: what that cost, and its turn's rewards. Raises ValueError where nobody has tried."""
+    found = {}
+    for row in rows:
+        tried = {note.span_id: note.value or 0.0 for note in row.rewards if note.name == COUNTERFACTUAL}
+        notes = rewards(row.rewards)
+        for span in (piece.span_id for piece in row.pieces if piece.span_id in tried):
+            found[span] = tried[span] + _sum(note for note in notes if note.span_id == span)
+    if not found and any(len(row.pieces) > 1 for row in rows):
+        raise ValueError(
+            f"credit {COUNTERFACTUAL!r} expected notes of that name, got none: nobody has left out a question; whoever plays by a recipe "
+            "with this credit writes them, for other runs see monologue.agents.hindsight"
+        )
     return found
 
 

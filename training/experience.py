@@ -61,7 +61,7 @@ class Micro:
 
 def over(rows: Sequence[Row], collate: Collate, run: Pass, size: int) -> list[list[Tensor]]:
     """Each tensor that ``run`` gives, cut by rows: for each output a list of (n,) float64 tensors on the CPU, in the order of the rows."""
-    order = sorted(range(len(rows)), key=lambda place: len(rows[place].ids))  # like lengths together: less padding
+    order = sorted(range(len(rows)), key=lambda place: 0 if collate.trees else len(rows[place].ids))  # like lengths: less padding
     found: list[list[Tensor]] = []
     for start in range(0, len(order), size):
         places = order[start : start + size]
@@ -75,6 +75,22 @@ def over(rows: Sequence[Row], collate: Collate, run: Pass, size: int) -> list[li
     return found
 
 
+def sampled(rows: Sequence[Row], version: str, count: int, seed: str) -> list[int] | None:
+    """Places of the rows to be recomputed: ``count`` of those that these very weights sampled with log-probs, and all others. None: every
+    row, also where ``count`` is 0.
+    """
+    fresh = [place for place, row in enumerate(rows) if all(p.weights_version == version and p.logprobs is not None for p in row.pieces)]
+    if not 0 < count < len(fresh):
+        return None
+    spared = set(fresh) - set(random.Random(seed).sample(fresh, count))
+    return [place for place in range(len(rows)) if place not in spared]
+
+
+def recorded(row: Row) -> Tensor:
+    """(n,) log-probs of a row's sampled ids as they stand in the trace."""
+    return torch.tensor([value for piece in row.pieces for value in piece.logprobs or ()], dtype=torch.float64)
+
+
 def lessons(
     role: str,
     rows: Sequence[Row],
@@ -86,18 +102,22 @@ def lessons(
     penalty: float,
     tolerance: float,
     truncated: bool = False,
+    checked: Sequence[int] | None = None,
 ) -> tuple[list[Lesson], dict[str, float]]:
     """``rows`` stand stream by stream. ``seen`` holds what the forward passes gave, (n,) a row: ``old``, ``entropy``, and where there are
-    such ``values``, ``reference``. ``truncated`` keeps replies that were cut off. Returns the lessons and what was measured.
-    Raises GateError.
+    such ``values``, ``reference``. ``truncated`` keeps replies that were cut off. ``checked`` are the places of rows that were recomputed,
+    where others' ``old`` stands as recorded (``sampled``). Returns the lessons and what was measured. Raises GateError.
     """
     facts: dict[str, float] = {}
+    proven = range(len(rows)) if checked is None else checked
     if objective.ratios:
-        compared, facts["drift"] = gate(rows, seen["old"], version, tolerance)
+        compared, facts["drift"] = gate([rows[place] for place in proven], [seen["old"][place] for place in proven], version, tolerance)
         facts["compared"] = float(compared)
     batch = _experience(rows, advantages, rewards, seen, version, truncated)
     weighed = objective.weigh(batch, penalty)
-    facts |= {"masked": weighed.masked, "effective": weighed.effective, "entropy": _mean(torch.cat(list(seen["entropy"])), batch.mask)}
+    masks = torch.split(batch.mask, [_sampled(row) for row in rows])
+    entropy = _mean(torch.cat([seen["entropy"][place] for place in proven]), torch.cat([masks[place] for place in proven]))
+    facts |= {"masked": weighed.masked, "effective": weighed.effective, "entropy": entropy}
     facts["streams"] = float(batch.unit.max() + 1)
     if batch.reference is not None:
         facts["kl"] = float(((batch.old - batch.reference) * batch.mask).sum()) / facts["streams"]

@@ -78,7 +78,7 @@ def imitate(
     """
     checkpoint = open_checkpoint(str(source), device="cpu", dtype=getattr(torch, dtype))
     inputs, reader, counts = Inputs(checkpoint), RunReader(run), Counts()
-    rows = chosen(read_rows(reader, roles=[role], counts=counts), keep, role, checkpoint.tokenizer)
+    rows = chosen(read_rows(reader, roles=[role], counts=counts), keep, role, checkpoint.tokenizer, counts)
 
     def loss(model: Any, found: Batch, count: float) -> torch.Tensor:
         return imitation(sampled_logprobs(model, found, inputs.banned, plain=True), found.trained.to(model.device), count)
@@ -99,11 +99,13 @@ def imitate(
     return report
 
 
-def chosen(rows: Iterable[Row], keep: Callable[[Row], bool], role: str, tokenizer: Any) -> list[Row]:
+def chosen(rows: Iterable[Row], keep: Callable[[Row], bool], role: str, tokenizer: Any, counts: Counts | None = None) -> list[Row]:
     """The rows to imitate. Raises RowError where there are none or where they speak another tokenizer's ids."""
     found = [row for row in rows if keep(row)]
     if not found:
-        raise RowError(f"the run has nothing of the role {role!r} to imitate; look at its roles and scores with 'monologue view'")
+        passed = "".join(f"; passed over: {count} x {cause}" for cause, count in (counts or Counts()).skipped.items())
+        advice = "look at its roles and scores with 'monologue view'; words without ids of a student's take --retokenize"
+        raise RowError(f"the run has nothing of the role {role!r} to imitate{passed}; {advice}")
     own = tokenizer_hash(tokenizer)
     foreign = next((row for row in found if row.tokenizer_hash != own), None)
     if foreign is not None:

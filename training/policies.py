@@ -12,7 +12,7 @@ Shapes: S sampled ids, D width.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from monologue.backends.checkpoints import Checkpoint, open_checkpoint, save_che
 from monologue.backends.inputs import Inputs
 from monologue.training.adapters import Lora, adapt, load_adapter, merged, save_adapter
 from monologue.training.collate import Batch, Scored, score
+from monologue.training.sharding import shard, whole
 
 CRITICS = "critics.safetensors"
 
@@ -38,6 +39,8 @@ class Learner:
     """What the engine that samples is fed, too."""
     adapted: bool = False
     """Only adapters are trained."""
+    sharded: bool = False
+    """The weights are shared out among processes."""
 
     @classmethod
     def open(cls, source: str, *, device: str = "cpu", dtype: str = "float32", lora: Lora | None = None) -> Learner:
@@ -55,9 +58,13 @@ class Learner:
         """What has a gradient."""
         return [one for one in self.checkpoint.model.parameters() if one.requires_grad]
 
-    def save(self, folder: Path) -> None:
-        """A whole checkpoint, adapters added in."""
-        save_checkpoint(self.checkpoint, folder, weights=merged(self.checkpoint.model) if self.adapted else None)
+    def save(self, folder: Path, main: bool = True) -> None:
+        """A whole checkpoint, adapters added in. Where weights are sharded all processes must call this; ``main`` writes."""
+        weights = merged(self.checkpoint.model) if self.adapted else None
+        if self.sharded:
+            weights = whole(self.checkpoint.model.state_dict())
+        if main:
+            save_checkpoint(self.checkpoint, folder, weights=weights)
 
 
 class Policies(nn.Module):
@@ -69,6 +76,11 @@ class Policies(nn.Module):
         self.models = nn.ModuleDict({role: learner.checkpoint.model for role, learner in learners.items()})
         self.critics = nn.ModuleDict({role: _head(learners[role].checkpoint.model) for role in critics})
         self.train(False)
+
+    def shard(self) -> None:
+        """Shares out all weights among processes. Raises RecipeError where there is one alone."""
+        shard(self.models.values(), self)
+        self.learners = {role: replace(learner, sharded=True) for role, learner in self.learners.items()}
 
     def train(self, mode: bool = True) -> Policies:
         """Always in evaluation mode: no dropout."""

@@ -28,7 +28,7 @@ from transformers import TrainerCallback
 from monologue.traces.store import RunWriter, read_info
 from monologue.training import credit
 from monologue.training.collate import Batch, Collate
-from monologue.training.experience import Lesson, Micro, deal, lessons, over, spread
+from monologue.training.experience import Lesson, Micro, deal, lessons, over, recorded, sampled, spread
 from monologue.training.loop import StreamTrainer, arguments
 from monologue.training.objectives import Ppo
 from monologue.training.policies import Learner, Policies
@@ -36,7 +36,7 @@ from monologue.training.recipe import RecipeError
 from monologue.training.reinforcement import Reinforcement
 from monologue.training.released import as_released
 from monologue.training.report import Report
-from monologue.training.rewards import REWARDS
+from monologue.training.rewards import REWARDS, Wanted
 from monologue.training.rows import Row
 from monologue.training.sources import Logged, Played, Source, Stage
 
@@ -59,9 +59,9 @@ def reinforce(
 
     Raises RecipeError, RunError, RowError, GateError, BackendError, PictureError.
     """
-    unknown = sorted(set(recipe.rewards) - set(REWARDS))
-    if unknown:
-        raise RecipeError(f"unknown rewards {', '.join(unknown)}; choose from {', '.join(sorted(REWARDS))}")
+    _wanted(recipe, stage)
+    if recipe.shard and resume:
+        raise RecipeError("a sharded training cannot be resumed: the shares of its optimizer are not written; begin anew in another folder")
     if bool(recipe.runs) == (stage is not None):
         raise RecipeError("expected either runs to learn from or a stage to play on, got " + ("both" if recipe.runs else "neither"))
     process = PartialState(cpu=recipe.device == "cpu")
@@ -76,8 +76,15 @@ class _Reinforcement:
     def __init__(
         self, recipe: Reinforcement, out: Path, learners: Mapping[str, Learner], stage: Stage | None, more: Mapping[str, Any]
     ) -> None:
-        self.recipe, self.out, self.learners = recipe, out, dict(learners)
+        self.recipe, self.out = recipe, out
+        for role, learner in learners.items() if recipe.trees else ():
+            attention = learner.checkpoint.model.config.get_text_config()._attn_implementation
+            if attention != "sdpa":
+                raise RecipeError(f"trees=true needs attention 'sdpa', which takes a mask of ours; {role!r} computes it by {attention!r}")
         self.policies = Policies(learners, recipe.trained if recipe.objective.critic else ())
+        if recipe.shard:
+            self.policies.shard()
+        self.learners = self.policies.learners
         self.reference = Policies({role: _again(learner, recipe) for role, learner in learners.items()}) if recipe.reference else None
         self.report = Report(out, recipe.iterations, PartialState().is_main_process)
         self.averages, self.penalties = credit.Averages(), {role: recipe.objective.penalty for role in recipe.trained}
@@ -102,8 +109,8 @@ class _Reinforcement:
             self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if isinstance(self.source, Played):
             self.source.push(self.recipe.iterations)
-        for role, learner in self.learners.items() if self.trainer.args.should_save else ():
-            learner.save(self.out / role)
+        for role, learner in self.learners.items():
+            learner.save(self.out / role, self.trainer.args.should_save)
         return self.report.history
 
     def version(self, role: str, iteration: int) -> str:
@@ -153,24 +160,29 @@ class _Reinforcement:
     def _lessons(
         self, role: str, iteration: int, rows: Sequence[Row], advantages: Mapping[str, float], earned: Mapping[str, float]
     ) -> list[Lesson]:
-        collate, size = self._collate(role), self.recipe.forward_rows
-        seen = dict(
-            zip(("old", "entropy", "values"), over(rows, collate, lambda batch: _seen(self.policies, role, batch), size), strict=False)
-        )
+        collate, size, version = self._collate(role), self.recipe.forward_rows, self.version(role, iteration)
+        checked = sampled(rows, version, self.recipe.verified, f"{self.recipe.seed}/{iteration}/{role}")
+        some = rows if checked is None else [rows[place] for place in checked]
+        found = over(some, collate, lambda batch: _seen(self.policies, role, batch), size)
+        seen = dict(zip(("old", "entropy", "values"), found, strict=False))
+        if checked is not None:
+            seen = {name: _filled(rows, checked, values) for name, values in seen.items()}
         if self.reference is not None:
             before = self.reference
-            (seen["reference"],) = over(rows, collate, lambda batch: (before(role, batch)[0].logprobs,), size)
-        version = self.version(role, iteration)
+            with self.trainer.accelerator.autocast():
+                (seen["reference"],) = over(rows, collate, lambda batch: (before(role, batch)[0].logprobs,), size)
         tolerance = math.inf if self.recipe.compat else self.recipe.tolerance
-        found, facts = lessons(
-            role, rows, self.recipe.objective, advantages, earned, seen, version, self.penalties[role], tolerance, self.recipe.truncated
+        learned, facts = lessons(
+            *(role, rows, self.recipe.objective, advantages, earned, seen, version, self.penalties[role], tolerance),
+            truncated=self.recipe.truncated,
+            checked=checked,
         )
         entropy = self._name(role, "entropy")
         history = [{"entropy": line[entropy], "reward": line["reward"]} for line in self.report.history if entropy in line]
         guards = self.recipe.guards.model_copy(update={"drift": None}) if self.recipe.compat else self.recipe.guards
         guards.check(history, {**facts, "reward": self.facts["reward"]})
         self.facts |= {self._name(role, name): value for name, value in facts.items()}
-        return found
+        return learned
 
     def _name(self, role: str, fact: str) -> str:
         """Of a measure; where one role is trained it goes without saying."""
@@ -207,14 +219,14 @@ class _Reinforcement:
         return self.source.stage.examine(iteration) if self.trainer.args.should_save else {}
 
     def _collate(self, role: str) -> Collate:
-        return Collate(self.learners[role].inputs, self.source.picture)
+        return Collate(self.learners[role].inputs, self.source.picture, trees=self.recipe.trees)
 
     def _source(self, stage: Stage | None) -> Source:
         recipe, process = self.recipe, self.trainer.accelerator
         if stage is None:
             return Logged(recipe.runs, recipe.trained, recipe.rows, recipe.seed)
         alone = {"main": process.is_main_process, "wait": process.wait_for_everyone}
-        return Played(self.out, stage, self.learners, recipe.rewards, self.version, keep=recipe.keep, **alone)
+        return Played(self.out, stage, self.learners, _wanted(recipe, stage), self.version, keep=recipe.keep, **alone)
 
     def _groups(self) -> list[dict[str, Any]]:
         critics = {role: list(self.policies.critics[role].parameters()) for role in self.policies.critics}
@@ -232,7 +244,8 @@ class _Reinforcement:
             "adam_beta2": 0.99,
             "ignore_data_skip": True,
             "logging_strategy": "no",
-            "save_strategy": "steps",
+            "save_strategy": "no" if recipe.shard else "steps",
+            "bf16": recipe.mixed == "bfloat16",
             "save_steps": recipe.save_every * recipe.steps,
             "save_total_limit": 2,
             "report_to": recipe.report_to,
@@ -253,6 +266,20 @@ class _Closing(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self._training.recipe.steps == 0:
             self._training.close()
+
+
+def _wanted(recipe: Reinforcement, stage: Stage | None) -> Wanted:
+    """What is to be said of each episode, with weights; what a kind of credit has to know is said with weight 0. Raises RecipeError."""
+    known = dict(REWARDS)
+    if stage is not None:
+        known.update(stage.rewards())
+    weights = dict(recipe.rewards)
+    if recipe.credit == credit.COUNTERFACTUAL:
+        weights[credit.COUNTERFACTUAL] = 0.0
+    unknown = sorted(set(weights) - set(known))
+    if unknown:
+        raise RecipeError(f"unknown rewards {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
+    return {name: (known[name], weight) for name, weight in weights.items()}
 
 
 def latest(folder: Path) -> Path | None:
@@ -279,6 +306,12 @@ def _seen(policies: Policies, role: str, batch: Batch) -> tuple[Tensor, ...]:
     scored, values = policies(role, batch, True)
     assert scored.entropies is not None
     return (scored.logprobs, scored.entropies) if values is None else (scored.logprobs, scored.entropies, values)
+
+
+def _filled(rows: Sequence[Row], checked: Sequence[int], values: Sequence[Tensor]) -> list[Tensor]:
+    """What was recomputed, in its places; elsewhere what was recorded."""
+    known = dict(zip(checked, values, strict=True))
+    return [known[place] if place in known else recorded(row) for place, row in enumerate(rows)]
 
 
 def _described(rows: Sequence[Row], assigned: credit.Credit, earned: Mapping[str, float]) -> dict[str, float]:

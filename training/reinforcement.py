@@ -12,6 +12,24 @@ from monologue.training.gate import TOLERANCE, Guards
 from monologue.training.objectives import Grpo, Objective
 from monologue.training.recipe import follow
 
+PLAYING = frozenset(
+    [
+        "problems",
+        "samples",
+        "temperature",
+        "top_p",
+        "max_tokens",
+        "max_turns",
+        "examine_every",
+        "families",
+        "graph",
+        "task",
+        "rewards",
+        "judge",
+    ]
+)
+"""Keys that say how to play."""
+
 
 class Reinforcement(BaseModel):
     """Which policies are reinforced, on what experience, and how. Keys that do not exist are refused."""
@@ -71,7 +89,9 @@ class Reinforcement(BaseModel):
     discount: float = Field(default=1.0, gt=0, le=1)
     """Of later turns' rewards, with ``turn``."""
     rewards: dict[str, float] = {}
-    """Weights of further rewards by name, beside the task's own score."""
+    """Online: weights of further rewards by name, beside the task's own score."""
+    judge: str = ""
+    """Online: the chat model behind the reward ``judge``, PROVIDER:MODEL by LangChain's names."""
 
     truncated: bool = False
     """Whether replies that were cut off at the length limit carry loss."""
@@ -85,6 +105,8 @@ class Reinforcement(BaseModel):
     """Micro-batches a step; changes memory, not the result."""
     forward_rows: int = Field(default=64, ge=1)
     """Rows at once where no gradient is taken."""
+    trees: bool = False
+    """Read the opening that episodes of a problem share once, not once an episode; changes time, not the result."""
     lr: float | dict[str, float] = 3e-4
     """Learning rate of AdamW, or one for each trained role."""
     lora: Lora | None = None
@@ -97,6 +119,12 @@ class Reinforcement(BaseModel):
     """Keep the weights of the start, to measure the KL to them."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of the trained weights."""
+    mixed: Literal["no", "bfloat16"] = "no"
+    """Numbers of the matrix products; weights, optimizer, softmax and loss stay in ``dtype``. Engine and trainer then round differently, so
+    ``tolerance`` has to be said with it.
+    """
+    shard: bool = False
+    """Share out the trained weights among the processes that were launched."""
     device: str = "cpu"
     """Where trained weights live."""
     seed: int = 0
@@ -112,6 +140,10 @@ class Reinforcement(BaseModel):
     """Largest difference of log-probs that the gate lets pass, in nats."""
     proof: int = Field(default=64, ge=0)
     """Offline: calls that are replayed before the first step; 0: none, where the weights that sampled are gone."""
+    verified: int = Field(default=0, ge=0)
+    """Fresh rows a role and iteration that are recomputed, and proven by the gate; 0: all. The others' log-probs are taken as recorded,
+    which saves their pass; entropy is then that of the proven ones.
+    """
     guards: Guards = Guards()
     """Rules that end a run gone wrong."""
 
@@ -130,12 +162,25 @@ class Reinforcement(BaseModel):
             raise ValueError(f"lr wants one rate for each of {self.trained!r}, got {self.lr!r}")
         if self.compat and (self.objective.name != "ppo" or self.trained != ["questioner"]):
             raise ValueError(f"compat={self.compat!r} is of ppo on the questioner alone, got {self.objective.name!r} on {self.trained!r}")
+        if self.mixed != "no" and (self.dtype != "float32" or "tolerance" not in self.model_fields_set):
+            told = f"got dtype={self.dtype!r}" if self.dtype != "float32" else "got no tolerance; 0.1 nats is usual"
+            raise ValueError(f"mixed={self.mixed!r} wants dtype='float32' and a tolerance of its own, {told}")
+        if self.verified and (self.compat or self.objective.critic or not self.objective.ratios or self.mixed != "no"):
+            told = f"objective {self.objective.name!r}, compat={self.compat!r}, mixed={self.mixed!r}"
+            raise ValueError(f"verified={self.verified!r} takes recorded log-probs for the trainer's own, which does not go with {told}")
+        if self.shard and self.lora is not None:
+            raise ValueError("adapters are not sharded; leave out lora or shard")
         if self.objective.penalty and not self.reference:
             raise ValueError(f"the objective {self.objective.name!r} with kl={self.objective.penalty!r} needs reference=true")
-        playing = {"problems", "samples", "temperature", "top_p", "max_tokens", "max_turns", "examine_every", "families", "graph", "task"}
-        useless = sorted((playing if self.runs else {"rows", "proof"}) & self.model_fields_set)
+        if bool(self.judge) != ("judge" in self.rewards):
+            raise ValueError(f"the reward 'judge' and the key judge belong together, got judge={self.judge!r} and rewards {self.rewards!r}")
+        useless = sorted((PLAYING if self.runs else {"rows", "proof"}) & self.model_fields_set)
         if self.runs and self.objective.name == "ppo":
             raise ValueError("ppo needs fresh episodes; for logged runs take grpo, topr, awr or filter")
+        if self.credit == "counterfactual" and self.objective.critic:
+            raise ValueError(
+                f"{self.objective.name} gives credit by its critic, so credit={self.credit!r} would be ignored; take grpo or topr"
+            )
         if useless:
             raise ValueError(f"{', '.join(useless)} {'belong to playing, but runs are given' if self.runs else 'belong to logged runs'}")
         return self

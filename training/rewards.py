@@ -4,23 +4,34 @@
 
 A function returns one number for the whole episode, numbers by span for single turns, or None where it has nothing to say. Weights are kept
 beside the values, so a run shows what it was trained on, and another mixture can be tried on an old run without playing again. The task's
-own score (``exact_match``) is written by whoever plays. A judge is a function like any other: ``judged`` wraps whatever gives a number
-for question, dialogue and answer. Left out: learned reward models with weights of their own.
+own score (``exact_match``) is written by whoever plays. Whatever asks a model may be a coroutine function: those of many episodes are
+awaited together. Such are the judges (``judges``), and ``progress``, which needs the questioner itself and is therefore brought by whoever
+plays. Left out: learned reward models with weights of their own.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from inspect import isawaitable
+from itertools import islice
 from typing import TypeAlias
 
 from monologue.traces.schema import Annotation
 from monologue.traces.store import Episode, RunReader, RunWriter
 
-Reward: TypeAlias = "Callable[[Episode], float | Mapping[str, float] | None]"
+Found: TypeAlias = "float | Mapping[str, float] | None"
 """One number for an episode, numbers by span id, or None."""
+Reward: TypeAlias = "Callable[[Episode], Found | Awaitable[Found]]"
+"""What an episode is worth."""
+Wanted: TypeAlias = "Mapping[str, tuple[Reward, float]]"
+"""Rewards and their weights by name."""
 SOURCE = "reward"
+TOGETHER = 256
+"""Episodes whose rewards are awaited at once."""
 
 
 def solved(episode: Episode) -> float | None:
@@ -59,36 +70,106 @@ def repeats(episode: Episode) -> float:
     return float(len(asked) - len(set(asked)))
 
 
-def judged(judge: Callable[[str, str, str | None], float]) -> Reward:
-    """A reward by whoever reads: ``judge(question, dialogue, answer)``, e.g. a chat model behind a function of yours."""
-
-    def reward(episode: Episode) -> float:
-        dialogue = "\n".join(f"{call.role}: {call.output}" for call in episode.calls())
-        return float(judge(episode.start.question, dialogue, episode.end.answer if episode.end else None))
-
-    return reward
+def asked(episode: Episode) -> dict[str, float]:
+    """1.0 at each question: with a small negative weight a price that is paid where the question is asked."""
+    return {call.span_id: 1.0 for call in episode.calls() if _kind(call.action) == "look"}
 
 
-REWARDS: dict[str, Reward] = {one.__name__: one for one in (solved, concluded, well_formed, questions, tokens, repeats)}
+def self_contained(episode: Episode) -> dict[str, float]:
+    """For each question 1.0 where it can be understood by itself, 0.0 where it leans on what was said before (``dangles``)."""
+    found = {}
+    for call in episode.calls():
+        if _kind(call.action) == "look":
+            found[call.span_id] = float(not dangles(str(json.loads(call.action or "{}")["question"])))
+    return found
+
+
+def dangles(question: str) -> bool:
+    """Whether words of a question point at something outside of it: "what colour is it?", "the same one", "and the other?".
+
+    A pronoun may point at a noun before it in the same question ("is the dog licking its paw?"): one with "the", "a" or "an" that is no
+    mere place. English only, and by words, not by grammar: "is it raining?" is taken for dangling.
+    """
+    words = re.findall(r"[a-z']+", question.lower())
+    named = False
+    for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False):
+        if word in POINTERS and not named:
+            return True
+        if (before, word) in ARTICLED or (not before and word in ("and", "also", "again", "instead")):
+            return True
+        if word in DEMONSTRATIVES and (not after or after in VERBS or after in ("one", "ones")) and not named:
+            return True
+        named = named or (before in ("the", "a", "an") and word not in PLACES)
+    return False
+
+
+POINTERS = frozenset(["it", "its", "it's", "they", "them", "their", "theirs", "he", "him", "his", "she", "her", "hers"])
+DEMONSTRATIVES = frozenset(["this", "that", "these", "those"])
+VERBS = frozenset(["is", "are", "was", "were", "has", "have", "had", "does", "do", "can"])
+ARTICLED = frozenset(
+    {("the", "same"), ("the", "other"), ("the", "others"), ("the", "one"), ("the", "ones"), ("the", "latter"), ("the", "former")}
+)
+PLACES = frozenset(
+    [
+        "left",
+        "right",
+        "top",
+        "bottom",
+        "middle",
+        "centre",
+        "center",
+        "side",
+        "front",
+        "back",
+        "corner",
+        "picture",
+        "image",
+        "photo",
+        "same",
+        "other",
+        "colour",
+        "color",
+        "shape",
+    ]
+)
+
+
+REWARDS: dict[str, Reward] = {
+    one.__name__: one for one in (solved, concluded, well_formed, questions, asked, tokens, repeats, self_contained)
+}
 """Rewards that recipes name."""
 
 
-def give(run: RunReader, pen: RunWriter, wanted: Mapping[str, tuple[Reward, float]]) -> int:
+def give(run: RunReader, pen: RunWriter, wanted: Wanted) -> int:
     """Scores every finished episode by each function and writes what it said, with the weight; returns how many annotations.
 
-    An episode that has this name, source and weight already is passed over. Exceptions of a reward function propagate.
+    An episode that has this name, source and weight already is passed over. Exceptions of a reward function propagate. Where a function
+    is a coroutine function this must be called outside of an event loop.
     """
-    written = 0
-    for episode in run.episodes():
-        if not episode.complete:
-            continue
-        known = {(note.name, note.weight) for note in episode.annotations if note.source == SOURCE}
-        for name, (function, weight) in wanted.items():
-            value = None if (name, weight) in known else function(episode)
+    written, episodes = 0, run.episodes()
+    while some := list(islice(episodes, TOGETHER)):
+        told = list(_told(some, wanted))
+        waiting = [found for *_, found in told if isawaitable(found)]
+        arrived = iter(asyncio.run(_all(waiting)) if waiting else ())
+        for episode, name, weight, found in told:
+            value = next(arrived) if isawaitable(found) else found
             for span, number in ({None: value} if isinstance(value, int | float) else dict(value or {})).items():
                 pen.annotate(_note(episode.start.episode_id, span, name, float(number), weight))
                 written += 1
     return written
+
+
+def _told(episodes: Iterable[Episode], wanted: Wanted) -> Iterator[tuple[Episode, str, float, Found | Awaitable[Found]]]:
+    """What each function says of each finished episode that it has not been asked about."""
+    for episode in episodes:
+        known = {(note.name, note.weight) for note in episode.annotations if note.source == SOURCE}
+        for name, (function, weight) in wanted.items() if episode.complete else ():
+            if (name, weight) not in known:
+                yield episode, name, weight, function(episode)
+
+
+async def _all(waiting: Sequence[Awaitable[Found]]) -> list[Found]:
+    return await asyncio.gather(*waiting)
 
 
 def _note(episode: str, span: str | None, name: str, value: float, weight: float) -> Annotation:

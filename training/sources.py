@@ -22,7 +22,7 @@ from monologue.training import credit
 from monologue.training.gate import GateError
 from monologue.training.policies import Learner
 from monologue.training.replay import replay
-from monologue.training.rewards import REWARDS, give
+from monologue.training.rewards import Reward, Wanted, give
 from monologue.training.rows import Counts, Row, read_rows
 
 
@@ -43,6 +43,10 @@ class Stage(Protocol):
 
     def policy(self, role: str) -> str:
         """Name of a role's policy across its weights versions."""
+        ...
+
+    def rewards(self) -> Mapping[str, Reward]:
+        """Rewards, and other things to be noted, that only those who play can tell."""
         ...
 
 
@@ -75,7 +79,7 @@ class Played:
         out: Path,
         stage: Stage,
         learners: Mapping[str, Learner],
-        rewards: Mapping[str, float],
+        rewards: Wanted,
         version: Callable[[str, int], str],
         *,
         keep: int,
@@ -84,7 +88,7 @@ class Played:
     ) -> None:
         """``version`` names a role's weights in an iteration; ``main`` is True in the one process that plays, for which others ``wait``."""
         self.out, self.stage, self._learners, self._version = out, stage, learners, version
-        self._rewards = {name: (REWARDS[name], weight) for name, weight in rewards.items()}
+        self._rewards = rewards
         self._keep, self._main, self._wait = keep, main, wait
         self._pushed = {role: version(role, 0) for role in learners}
 
@@ -92,13 +96,14 @@ class Played:
         """Has the stage load what has changed."""
         for role, learner in self._learners.items():
             version = self._version(role, iteration)
-            if self._main and version != self._pushed[role]:
+            if version != self._pushed[role]:
                 home = self.out / "checkpoints" / self.stage.policy(role)
-                learner.save(home / version)
-                self.stage.push(role, home / version, version)
-                kept = sorted(home.iterdir(), key=lambda folder: folder.stat().st_mtime)
-                for old in kept[: -self._keep]:
-                    shutil.rmtree(old)
+                learner.save(home / version, self._main)
+                if self._main:
+                    self.stage.push(role, home / version, version)
+                    kept = sorted(home.iterdir(), key=lambda folder: folder.stat().st_mtime)
+                    for old in kept[: -self._keep]:
+                        shutil.rmtree(old)
             self._pushed[role] = version
 
     def rows(self, iteration: int) -> list[Row]:
