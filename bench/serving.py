@@ -8,8 +8,9 @@ occupancy   64 episodes at once. ``under_way``: of these, so many wait for a ser
             between two calls. ``running``: what the servers' gauges say then; requests whose prompt is being read are in no gauge.
             ``batch``: by the servers' logs, the decode batch in which the average token was sampled, that of the average step, the fullest.
 kills       the questioner's server is killed (SIGKILL, whole process group) at random moments while 64 episodes play, and started again by
-            a supervisor. An episode whose request was cut off too often is played again as a whole, twice at most (``again``). Lost: problems
-            without exactly one whole episode, answers other than those of a play without kills, breaches that ``monologue verify`` finds.
+            a supervisor. An episode whose request was cut off too often is played again as a whole, twice at most (``again``).
+            Lost: problems without exactly one whole episode, answers other than those of a play without kills, breaches that
+            ``monologue verify`` finds.
             Target: none. It can lose: a client that gives up, or asks twice and keeps both, shows here.
 
 With ``--device cuda`` the same on a GPU; ``--questioner-model`` and ``--answerer-model`` serve other models there (overhead and occupancy).
