@@ -32,7 +32,7 @@ Heard: TypeAlias = "Callable[[dict[str, Any]], None]"
 PASSING = (502, 503, 504)
 FIRST_WAIT, LONGEST_WAIT = 0.1, 5.0
 """Seconds before the first retry, and at most."""
-CUTS = 3
+CUTS = 5
 KEEP_ALIVE = 4.0
 """Seconds that an idle connection is kept; a server closes it after five."""
 

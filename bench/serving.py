@@ -8,8 +8,10 @@ occupancy   64 episodes at once. ``under_way``: of these, so many wait for a ser
             between two calls. ``running``: what the servers' gauges say then; requests whose prompt is being read are in no gauge.
             ``batch``: by the servers' logs, the decode batch in which the average token was sampled, that of the average step, the fullest.
 kills       the questioner's server is killed (SIGKILL, whole process group) at random moments while 64 episodes play, and started again by
-            a supervisor. Lost: problems without exactly one whole episode, answers other than those of a play without kills, breaches that
-            ``monologue verify`` finds. Target: none. It can lose: a client that gives up, or asks twice and keeps both, shows here.
+            a supervisor. An episode whose request was cut off too often is played again as a whole, twice at most (``again``).
+            Lost: problems without exactly one whole episode, answers other than those of a play without kills, breaches that
+            ``monologue verify`` finds.
+            Target: none. It can lose: a client that gives up, or asks twice and keeps both, shows here.
 
 With ``--device cuda`` the same on a GPU; ``--questioner-model`` and ``--answerer-model`` serve other models there (overhead and occupancy).
 """
@@ -27,6 +29,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -78,14 +81,15 @@ async def overhead(url: str, calls: int) -> dict[str, Any]:
     return {"part": "overhead", "calls": calls, **medians, "overhead_ms": round(statistics.median(gaps), 3), "interval_ms": [low, high]}
 
 
-def play(urls: dict[str, str], n: int, run: Path, **options: Any) -> Summary:
+def play(urls: dict[str, str], n: int, run: Path, retries: int = 0, **options: Any) -> Summary:
     """A greedy play on served policies."""
 
     async def go() -> Summary:
         clients = CLIENTS[run] = {role: SGLangBackend(url, limit=TOGETHER, **options) for role, url in urls.items()}
         seats = {role: seat(client, role, COLD, role) for role, client in clients.items()}
         try:
-            return await aplay("monologue", Shapes().problems("validation", n), seats, run, progress=False, concurrency=TOGETHER)
+            problems, settings = Shapes().problems("validation", n), {"concurrency": TOGETHER, "retries": retries}
+            return await aplay("monologue", problems, seats, run, progress=False, **settings)
         finally:
             for client in clients.values():
                 await client.aclose()
@@ -171,7 +175,7 @@ def kills(start: Any, answerer: str, wanted: int) -> dict[str, Any]:
         calm = play(urls, n, Path(folder) / "calm")
         killer.start()
         try:
-            rough = play(urls, n, Path(folder) / "rough", timeout=300.0, attempts=200)
+            rough = play(urls, n, Path(folder) / "rough", retries=2, timeout=300.0, attempts=200)
         finally:
             played.set()
             killer.join()
@@ -180,14 +184,16 @@ def kills(start: Any, answerer: str, wanted: int) -> dict[str, Any]:
 
 def lost(calm: Summary, rough: Summary, folder: Path) -> dict[str, Any]:
     """Problems without exactly one whole episode, other answers, other numbers of turns, breaches."""
-    whole = [one for one in RunReader(folder / "rough").episodes() if one.complete]
+    attempts = list(RunReader(folder / "rough").episodes())
+    whole = Counter(one.start.problem_id for one in attempts if one.complete)
     answers = [{one.problem_id: (one.answer, one.turns) for one in summary.episodes} for summary in (calm, rough)]
     return {
+        "again": len(attempts) - len(answers[0]),
         "failed": len(rough.failed),
-        "not_exactly_once": len({one.start.problem_id for one in whole} ^ set(answers[0])) + len(whole) - len(answers[0]),
+        "not_exactly_once": sum(whole[name] != 1 for name in answers[0] | whole),
         "other_answers": sum(answers[0][name] != answers[1].get(name) for name in answers[0]),
         "breaches": [check.name for check in verify(folder / "rough", replay=False) if not check.ok],
-        "turns": sum(len(one.spans) for one in whole),
+        "turns": sum(len(one.spans) for one in attempts if one.complete),
     }
 
 
