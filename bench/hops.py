@@ -8,16 +8,19 @@ and the word embeddings stand still, so visual tokens are computed once for 12,2
 time. From there
 
     direct      question and answer alone, as many steps as explicit and latent stages together
-    explicit    the dialogue out loud; all arms below begin here and internalise one step a stage
+    spoken      the whole dialogue out loud, questions and replies
+    explicit    its replies alone out loud; the arms below begin here and internalise one step a stage
     full        recipe ``latent``, mode ``ours``: state and two attended patches a step, gradients through the states
     detached    the same without gradients through the states            anchor    ... and with the anchor loss
     reference   the released code's order, positions and gradients
     hidden      states alone   patches  patches alone   pause  a constant word in place of states   random  patches by lot
     k1, k3      patches a step   n1 .. n3  so many latent steps for four look-ups, the rest of the rationale dropped
+    dialogue    as ``hidden``, but from ``spoken``: whole turns are internalised, not replies
     blind-*     the picture hidden behind itself: question, states and words see re-read patches only; which are given by an oracle,
                 attended to (by the row that made the state, or by the state itself), drawn, or none
 
-Validation problems show how a stage ends; the figures are of test problems, on which no choice was made. What is done already is not done
+Validation problems show how a stage ends; the figures are of test problems of another seed than the trials' (theirs were seen while the
+recipe was sought). What is done already is not done
 again and a killed training is resumed, so the command can be stopped and repeated.
 """
 
@@ -41,6 +44,7 @@ from monologue.backends.checkpoints import open_checkpoint
 from monologue.backends.latent import Habit
 from monologue.backends.perception.ivtlr import LatentReasoner
 from monologue.backends.perception.prompts import Asked, Prompts
+from monologue.tasks.base import Problem
 from monologue.tasks.hops import COLOURS, LETTERS, VOCABULARY, Board, Drawing, Hops, walk
 from monologue.training import causal
 from monologue.training.internalise import Lesson
@@ -53,9 +57,11 @@ from monologue.training.starter.make import save
 from monologue.training.starter.models import build_image_processor, build_speaker, build_tokenizer
 
 HOPS, LOOKUPS, CELLS = 3, 4, speaker.CELLS
+UNSEEN = 1
+"""Seed of test problems."""
 POOL, EXAMINED = 12288, 128
 """Training pictures; problems of a batch under examination."""
-EXPLICIT, STAGE, BATCH, LR = 500, 300, 32, 3e-3
+EXPLICIT, STAGE, BATCH, LR = 400, 250, 32, 3e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,8 @@ class Arm:
     """Latent steps; the rest of the rationale is dropped."""
     oracle: bool = False
     """The needed cell is re-read at each step."""
+    begins: str = "explicit"
+    """The arm whose model is the start."""
 
 
 BLIND = {"bottleneck": "picture", "k": 1, "reuse": True}
@@ -92,6 +100,7 @@ ARMS: dict[str, Arm] = {
     "pause": Arm({"thought": "pause", "patches": "none"}),
     "patches": Arm({"thought": "none", "k": 2}),
     "reference": Arm({"k": 2}, mode="reference"),
+    "dialogue": Arm({"patches": "none"}, begins="spoken"),
     "blind-oracle": Arm(BLIND, oracle=True),
     "blind-attended": Arm(BLIND),
     "blind-state": Arm({**BLIND, "selects": "state"}),
@@ -103,24 +112,30 @@ ARMS: dict[str, Arm] = {
     "n2": Arm({"k": 2}, latents=2),
     "n3": Arm({"k": 2}, latents=3),
 }
-NAMES = ("direct", "explicit", *ARMS)
+LOUD = {"direct": 0, "spoken": LOOKUPS, "explicit": LOOKUPS}
+"""Arms without latent steps, and how many steps they say."""
+NAMES = (*LOUD, *ARMS)
 
 
 class World:
     """Pictures of a seed as visual tokens, and lessons about them."""
 
-    def __init__(self, folder: Path, seed: int, oracle: bool = False) -> None:
-        """``folder/base`` sees; ``oracle``: lessons say which cell each step is to read again."""
+    def __init__(self, folder: Path, seed: int, oracle: bool = False, whole: bool = False) -> None:
+        """``folder/base`` sees; ``oracle``: lessons say which cell each step is to read again; ``whole``: questions are said too."""
         base = open_checkpoint(str(folder / "base"), device="cpu", dtype=torch.float32)
-        self.folder, self.seed, self.oracle, self.words = folder, seed, oracle, Words(base.tokenizer)
+        self.folder, self.seed, self.oracle, self.whole, self.words = folder, seed, oracle, whole, Words(base.tokenizer)
         self.task, self.eyes = Hops([f"hop{HOPS}"]), speaker.Speaker(base.model, Words(base.tokenizer))
         self.boards: list[Board] = []
         self.tokens = torch.zeros(0, CELLS, base.model.get_input_embeddings().embedding_dim)
         self.train = self.look("train", POOL)
 
+    def problem(self, split: str, index: int) -> Problem:
+        """Everyone is examined on the same."""
+        return self.task.problem(split, index, {"train": self.seed, "validation": 0, "test": UNSEEN}[split])
+
     def look(self, split: str, count: int) -> range:
         """Draws and sees so many pictures of a split, once; their places in the pool."""
-        problems = (self.task.problem(split, index, self.seed if split == "train" else 0) for index in range(count))
+        problems = (self.problem(split, index) for index in range(count))
         drawings = [one.pictures[0] for one in problems]
         file = self.folder / f"{split}-{count}.safetensors"
         if not file.exists():
@@ -141,7 +156,7 @@ class World:
         steps.append((f"what colour is {way[-1].letter}", way[-1].colour))
         return Drawn(
             asked=Asked(tuple(words(asked))),
-            steps=tuple(tuple(words(f"{question} {reply}")) for question, reply in steps[:kept]),
+            steps=tuple(tuple(words(f"{question} {reply}" if self.whole else reply)) for question, reply in steps[:kept]),
             gists=tuple(words(reply)[0] for _, reply in steps[:kept]),
             ending=tuple(words(f"{way[-1].colour} <eos>")),
             chosen=tuple((board.index(cell),) for cell in way) if self.oracle else (),
@@ -171,7 +186,7 @@ class World:
     def exams(self, model: Any, split: str, count: int, kept: int, hops: int = HOPS) -> list[causal.Exam]:
         """The first problems of a split, in batches."""
         places, found = self.look(split, count), []
-        starts = [self.task.problem(split, index).question.split()[-1] for index in range(count)]
+        starts = [self.problem(split, index).question.split()[-1] for index in range(count)]
         for first in range(0, count, EXAMINED):
             some = list(zip(places, starts, strict=True))[first : first + EXAMINED]
             lessons = [self.lesson(place, start, kept, hops) for place, start in some]
@@ -196,10 +211,10 @@ def recipe_of(name: str, seed: int, plan: argparse.Namespace) -> Latent:
     """The training of an arm."""
     arm = ARMS.get(name, Arm({"patches": "none"}))
     steps = [0] + [plan.stage] * arm.latents
-    if name == "explicit":
-        steps = [plan.explicit]
-    elif name == "direct":
+    if name == "direct":
         steps = [plan.explicit + LOOKUPS * plan.stage]
+    elif name in LOUD:
+        steps = [plan.explicit]
     settings = {**arm.settings, **({"pause_id": 0} if arm.settings.get("thought") == "pause" else {})}
     frozen = ["visual", "embed_tokens"]
     common = {"task": "hops", "lr": plan.lr, "batch": plan.batch, "warmup": 30, "save_every": 200, "clip": 1.0, "seed": seed}
@@ -209,12 +224,11 @@ def recipe_of(name: str, seed: int, plan: argparse.Namespace) -> Latent:
 
 def made(name: str, folder: Path, seed: int, plan: argparse.Namespace) -> dict[str, Any]:
     """The row of an arm, trained and examined."""
-    recipe, arm = recipe_of(name, seed, plan), ARMS.get(name, Arm({}))
-    kept = 0 if name == "direct" else arm.latents
-    source = folder / ("base" if name in ("direct", "explicit") else "explicit")
-    world = World(folder, seed, arm.oracle)
+    recipe, arm = recipe_of(name, seed, plan), ARMS.get(name, Arm({}, begins="base"))
+    kept, source = LOUD.get(name, arm.latents), folder / arm.begins
+    world = World(folder, seed, arm.oracle, whole="spoken" in (name, arm.begins))
     checkpoint = open_checkpoint(str(source), device="cpu", dtype=torch.float32)
-    exams = world.exams(checkpoint.model, "validation", 512, kept)
+    exams = world.exams(checkpoint.model, "validation", 256, kept)
 
     def after(stage: int, model: Any) -> dict[str, Any]:
         return {"validation": said(thinker(model, recipe, stage), exams, stage)["accuracy"]}
@@ -263,7 +277,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options.add_argument("--arms", nargs="+", choices=NAMES, default=list(NAMES))
-    options.add_argument("--n", type=int, default=2000, help="test problems")
+    options.add_argument("--n", type=int, default=1000, help="test problems")
     options.add_argument("--explicit", type=int, default=EXPLICIT, help="steps of the explicit stage")
     options.add_argument("--stage", type=int, default=STAGE, help="steps of each latent stage")
     options.add_argument("--batch", type=int, default=BATCH)
@@ -274,7 +288,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for seed in plan.seeds:
         begin(plan.out / str(seed), seed)
-        for name in dict.fromkeys(("explicit", *plan.arms) if set(plan.arms) - {"direct"} else plan.arms):
+        for name in dict.fromkeys(one for arm in plan.arms for one in (*([ARMS[arm].begins] if arm in ARMS else []), arm)):
             kept = plan.out / str(seed) / f"{name}.json"
             if not kept.exists():
                 kept.write_text(json.dumps(made(name, plan.out / str(seed), seed, plan)) + "\n")

@@ -80,6 +80,12 @@ def test_a_lesson_says_the_dialogue_step_by_step_and_then_the_answer(opened: Che
     assert say(one.left(1)).startswith(problem.oracle[1].question)
 
 
+def test_replies_alone_leave_the_questions_out(opened: Checkpoint, speaker: Path, lessons: list[Lesson]) -> None:
+    quiet = lessons_of(Latent.read({**FAST, "words": "replies"}), opened, named_task)(2)
+    assert [opened.tokenizer.decode(step) for step in quiet.steps] == [turn.reply for turn in TASK.problem("train", 2).oracle or ()]
+    assert (quiet.asked.ids, quiet.gists, quiet.ending) == (lessons[2].asked.ids, lessons[2].gists, lessons[2].ending)
+
+
 def test_the_prompt_is_that_of_graph_direct(opened: Checkpoint, lessons: list[Lesson]) -> None:
     words = opened.tokenizer.decode(lessons[0].asked.ids)
     assert words.startswith("<bos> <user> <|vision_start|>") and words.endswith("<choice> grey <assistant>")

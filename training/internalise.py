@@ -4,6 +4,11 @@ curriculum is that of Deng et al. 2405.14838 and Coconut 2412.06769 with one lat
     stage 0     question, step 1, step 2, ..., answer               all in words
     stage s     question, s latent steps, step s + 1, ..., answer   loss on the words that are left; question and latents carry none
 
+Of a dialogue, the replies alone may be said (``words = "replies"``). Where a question only repeats what was just found, that is what lets
+the second step be learned: after one reply the next follows at once, so the place that says a reply is the place that looks up the next,
+and putting a state there in its stead changes nothing but who wrote it. With the questions in between, a state that begins a step must
+first say a question's first word and, a stage later, look up instead: in our world no stage got over that (``docs/log.md``).
+
 ``gradients`` decides what trains a latent state: ``full`` back-propagates through all latent steps; ``detached`` is the released code, in
 which no consumer of a state ever reaches its producer; ``anchor`` > 0 adds a loss that needs no graph across steps: the state that begins
 step i shall name the first word of what step i found (of the family of CODI's and SIM-CoT's step supervision).
@@ -75,13 +80,16 @@ class Lesson:
         return tuple(token for step in self.steps[thought:] for token in step) + self.ending
 
 
-def lesson(rationale: Rationale, voice: Voice, inputs: Inputs) -> Lesson:
-    """In the tokens and pixels of one checkpoint. Raises CodecError, PictureError, RequestRefused."""
+def lesson(rationale: Rationale, voice: Voice, inputs: Inputs, replies: bool = False) -> Lesson:
+    """In the tokens and pixels of one checkpoint; ``replies``: of a step only what it found.
+
+    Raises CodecError, PictureError, RequestRefused.
+    """
     images = [picture() for picture in rationale.pictures]
     ids = voice.prompt(rationale, [Picture("", image) for image in images])  # nothing is recorded, so nobody asks for a hash
     pixels, grids = inputs.pixels(images) if images else (None, None)
     asked = Asked(ids, pixels, grids, inputs.positions(ids, grids))
-    steps = tuple(voice.said(step.text) for step in rationale.steps)
+    steps = tuple(voice.said(step.found if replies else step.text) for step in rationale.steps)
     return Lesson(asked, steps, tuple(voice.said(step.gist)[0] for step in rationale.steps), voice.ending(rationale.answer))
 
 

@@ -58,6 +58,8 @@ class Latent(BaseModel):
     """Of the task, separated by commas; empty: all."""
     model: str = "starter"
     """Checkpoint to begin with: a folder, a Hub name, or ``starter``."""
+    words: Literal["dialogue", "replies"] = "dialogue"
+    """What is said of a step: all of it, or only the reply, where the questions follow from the replies (``internalise``)."""
     mode: Literal["ours", "paper", "reference"] = "ours"
     """How a latent step is made (``backends.perception.modes``)."""
     settings: dict[str, Any] = {}

@@ -4,8 +4,8 @@ The rationale of a monologue is its explicit dialogue, one step a turn: what the
 talk teach a third that thinks. It is a sequence that nobody sampled, in the tokens of whoever is to learn it, hence made from words;
 policy gradients have no business here. Corpora bring their rationales cut as the IVT-LR paper cuts them (``tasks.corpora``).
 
-Each step has a ``gist``: the first word of what it found out, which an anchor loss asks the latent state of that step to name. Of a turn
-that is the reply's first word; of a written rationale the step's own first word, for want of a better one.
+A step's ``text`` is all of it, its ``found`` what came of it: of a turn the reply, of a written rationale the step itself, for want of
+something better. Its ``gist`` is the first word of that, which an anchor loss asks the latent state of the step to name.
 
     of_problem(problem)    its oracle monologue, or its corpus steps
     of_run(reader)         the look-ups of logged monologues, and what they concluded
@@ -30,8 +30,13 @@ class Step:
 
     text: str
     """All of it."""
-    gist: str
-    """The first word of what it found out."""
+    found: str
+    """What came of it."""
+
+    @property
+    def gist(self) -> str:
+        """The first word of what was found."""
+        return self.found.split()[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,7 @@ def of_problem(problem: Problem) -> Rationale:
     if problem.oracle is not None:
         steps = tuple(turn_step(turn.question, turn.reply) for turn in problem.oracle)
     elif problem.extra.get("steps"):
-        steps = tuple(Step(text, text.split()[0]) for text in problem.extra["steps"])
+        steps = tuple(Step(text, text) for text in problem.extra["steps"])
     else:
         raise RationaleError(f"problem {problem.id!r} has neither an oracle monologue nor a rationale")
     return Rationale(problem.id, problem.question, problem.choices, problem.pictures, steps, problem.choices[problem.gold])
@@ -114,7 +119,7 @@ def _of_episode(episode: Episode, run: RunReader, solved: bool) -> Rationale | s
 
 def turn_step(question: str, reply: str) -> Step:
     """A look-up and its answer."""
-    return Step(f"{question} {reply}", reply.split()[0])
+    return Step(f"{question} {reply}", reply)
 
 
 def _stored(run: RunReader, sha256: str) -> Callable[[], Image]:
