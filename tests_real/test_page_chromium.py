@@ -18,8 +18,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from chromium import browser, command, environment, served  # noqa: E402
 
+from PIL import Image  # noqa: E402
+
+from monologue.backends.base import Thought  # noqa: E402
 from monologue.traces.recorder import Recorder  # noqa: E402
-from monologue.traces.schema import calls_of  # noqa: E402
+from monologue.traces.schema import ImageRef, calls_of  # noqa: E402
 from monologue.traces.store import RunReader, RunWriter  # noqa: E402
 from tests import page_runs as runs  # noqa: E402
 
@@ -430,6 +433,29 @@ def test_damage_is_told(chromium: Any, tmp_path: Path) -> None:
         visit.page.wait_for_selector("text=1 line of this run cannot be read", timeout=WAIT)
         visit.page.wait_for_selector("text=The run lacks picture", timeout=WAIT)
         visit.faults = [one for one in visit.faults if "404" not in one]
+        visit.close()
+
+
+def test_latent_steps_stand_with_the_turn_and_their_patches_on_the_picture(chromium: Any, tmp_path: Path) -> None:
+    thoughts = (Thought((0, 4), 8.125, ("red", runs.HOSTILE[1]), (0.75, 0.25)), Thought((4,), 7.5, ("blue",), (1.0,)))
+    writer = RunWriter(tmp_path / "run")
+    with runs.begun(Recorder(writer)) as episode:
+        picture = episode.store(Image.new("RGB", (120, 80), (200, 60, 40)))
+        with episode.policy(role="thinker", node="think") as call:
+            call.record(**runs.facts("red", images=(ImageRef(picture.sha256, 120, 80, (1, 4, 6), 1, 6, "p"),), thoughts=thoughts))
+        episode.finish("red")
+    writer.close()
+    with served(tmp_path / "run") as url:
+        visit = Visit(chromium, url)
+        visit.page.wait_for_selector(".latents tbody tr", timeout=WAIT)
+        first, second = visit.page.locator(".latents tbody tr").all_inner_texts()
+        assert first.split("\t") == ["1", f"red 0.75, {runs.HOSTILE[1]} 0.25", "1, 5", "8.125"] and second.split("\t")[2] == "5"
+        marks = visit.page.locator(".reread")
+        assert [one.locator("text").text_content() for one in marks.all()] == ["1", "1 2"]
+        left, right = (one.locator("rect").bounding_box() for one in marks.all())
+        frame = visit.page.locator(".frame img").bounding_box()
+        assert abs(left["x"] - frame["x"]) < 3 and abs(right["x"] - frame["x"] - frame["width"] / 3) < 3, "the second row's second of three"
+        assert abs(right["y"] - frame["y"] - frame["height"] / 2) < 3
         visit.close()
 
 

@@ -59,7 +59,7 @@ function Chosen({ image, chosen }) {
   const [width, height] = [image.width / columns, image.height / rows];
   return chosen.map(([patch, steps]) => {
     const [x, y] = [(patch % columns) * width, Math.floor(patch / columns) * height];
-    return html`<g class="chosen">
+    return html`<g class="reread">
       <rect x=${x} y=${y} width=${width} height=${height} vector-effect="non-scaling-stroke"><title>read again in latent step ${steps.join(", ")}</title></rect>
       <text x=${x + width / 2} y=${y + height / 2} font-size=${height / 2}>${steps.join(" ")}</text>
     </g>`;

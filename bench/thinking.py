@@ -1,0 +1,132 @@
+"""What thinking costs beside saying it, and beside answering at once: the same problems, the same engine, the same batches, in turns.
+
+    python bench/hops.py --seeds 0 --arms direct spoken explicit hidden      # makes the policies, all of one shape, under runs/hops/0
+    python bench/thinking.py [--models runs/hops/0] [--n 256] [--repeats 5] [--json bench/results/thinking.json]
+
+Three hops and a colour, test problems. One model, one reply, from pixels to the last word, greedy, in batches:
+
+    direct      the answer at once
+    latent      four latent steps, then the answer (``--latent``: which arm of ``bench/hops.py``)
+    replies     the four replies, then the answer
+    dialogue    four questions with their replies, then the answer
+
+and as users play them, every step recorded, 64 episodes at once: graph ``latent`` with the shipped thinker and graph ``monologue`` with the
+shipped speaker in both seats.
+
+Accuracy (of the answer) stands beside the seconds: ``direct`` is quick and wrong. A ratio is of times within a repeat; median, least, most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rollout import spread
+
+from monologue.agents.load import load_policy
+from monologue.backends.base import Sampling
+from monologue.backends.checkpoints import open_checkpoint
+from monologue.backends.inputs import Inputs
+from monologue.backends.latent import Habit
+from monologue.backends.perception.ivtlr import LatentReasoner
+from monologue.backends.perception.prompts import prompts
+from monologue.graphs.play import play
+from monologue.seating import starter
+from monologue.tasks.base import Problem
+from monologue.tasks.hops import Hops
+from monologue.training import causal
+from monologue.training.internalise import Lesson, lesson
+from monologue.training.rationales import of_problem
+from monologue.voices import voice_of
+
+UNSEEN, BATCH = 1, 64
+Run = Callable[[], float]
+"""Plays all problems; accuracy."""
+
+
+def alone(folder: Path, problems: Sequence[Problem], steps: int, replies: bool) -> Run:
+    """One model, one reply, so many steps of the rationale said."""
+    checkpoint, habit = open_checkpoint(str(folder), device="cpu", dtype=torch.float32), Habit.load(folder)
+    inputs, reasoner = Inputs(checkpoint), LatentReasoner(checkpoint.model, habit.mode)
+    voice, thinking = voice_of(checkpoint, inputs), causal.Thinking(reasoner, habit, inputs.banned)
+    whole = [lesson(of_problem(problem), voice, inputs, replies) for problem in problems]
+    lessons = [replace(one, steps=one.steps[:steps]) for one in whole]
+
+    @torch.inference_mode()
+    def batch(some: Sequence[Lesson]) -> list[bool]:
+        exam = causal.Exam(prompts(checkpoint.model, [one.asked for one in some]), some)
+        return causal.right(thinking, thinking.think(exam), [one.left(0) for one in some])
+
+    def run() -> float:
+        hits = [hit for first in range(0, len(lessons), BATCH) for hit in batch(lessons[first : first + BATCH])]
+        return sum(hits) / len(hits)
+
+    return run
+
+
+def played(graph: str, seats: dict[str, Any], problems: Sequence[Problem]) -> Run:
+    """A graph, recorded."""
+
+    def run() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            summary = play(graph, list(problems), seats, Path(folder) / "run", concurrency=BATCH, progress=False)
+        if summary.failed:
+            raise SystemExit(f"{len(summary.failed)} episodes failed: {summary.failed[0].error}")
+        return summary.score().accuracy
+
+    return run
+
+
+def seats() -> dict[str, Any]:
+    """The shipped thinker, and the shipped speaker in the other seats."""
+    greedy, thinker = Sampling(temperature=0.0), starter("thinker")
+    found = {role: load_policy(starter(role, task="hops"), role, sampling=greedy, policy_id=role) for role in ("questioner", "answerer")}
+    return {**found, "thinker": load_policy(thinker, "thinker", habit=Habit.load(thinker), trainable=False, sampling=greedy)}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--models", type=Path, default=Path("runs/hops/0"))
+    options.add_argument("--latent", default="hidden", help="arm of bench/hops.py that thinks")
+    options.add_argument("--n", type=int, default=256)
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "thinking.json")
+    chosen = options.parse_args()
+    torch.set_num_threads(1)
+    problems, folder, seated = list(Hops(["hop3"]).problems("test", chosen.n, UNSEEN)), chosen.models, seats()
+    arms: dict[str, Run] = {
+        "direct": alone(folder / "direct", problems, 0, True),
+        "latent": alone(folder / chosen.latent, problems, 0, True),
+        "replies": alone(folder / "explicit", problems, 4, True),
+        "dialogue": alone(folder / "spoken", problems, 4, False),
+        "graph latent": played("latent:percent=0", seated, problems),
+        "graph monologue": played("monologue", seated, problems),
+    }
+    rows: list[dict[str, Any]] = []
+    for repeat in range(-1, chosen.repeats):  # the first is not counted
+        for arm, run in arms.items():
+            started = time.perf_counter()
+            accuracy = run()
+            rows += [{"repeat": repeat, "arm": arm, "accuracy": round(accuracy, 4), "seconds": round(time.perf_counter() - started, 4)}]
+    rows = [row for row in rows if row["repeat"] >= 0]
+    times = {arm: [row["seconds"] for row in rows if row["arm"] == arm] for arm in arms}
+    pairs = [("replies", "latent"), ("dialogue", "latent"), ("graph monologue", "graph latent"), ("latent", "direct")]
+    ratio = {f"{a} / {b}": spread([x / y for x, y in zip(times[a], times[b], strict=True)]) for a, b in pairs}
+    command = f"python bench/thinking.py --latent {chosen.latent} --n {chosen.n} --repeats {chosen.repeats}"
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, one thread"
+    result = {"name": "thinking", "command": command, "machine": machine, "batch": BATCH, "rows": rows, "ratio": ratio}
+    chosen.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({"ratio": ratio, "accuracy": {row["arm"]: row["accuracy"] for row in rows}}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
