@@ -10,14 +10,16 @@ time. From there
     direct      question and answer alone, as many steps as explicit and latent stages together
     spoken      the whole dialogue out loud, questions and replies
     explicit    its replies alone out loud; the arms below begin here and internalise one step a stage
-    full        recipe ``latent``, mode ``ours``: state and two attended patches a step, gradients through the states
+    full        mode ``ours``: two attended patches and the state a step, gradients through the states
+    state-first the same in the paper's order: the state, then its patches
     detached    the same without gradients through the states            anchor    ... and with the anchor loss
     reference   the released code's order, positions and gradients
     hidden      states alone   patches  patches alone   pause  a constant word in place of states   random  patches by lot
     k1, k3      patches a step   n1 .. n3  so many latent steps for four look-ups, the rest of the rationale dropped
     dialogue    as ``hidden``, but from ``spoken``: whole turns are internalised, not replies
-    blind-*     the picture hidden behind itself: question, states and words see re-read patches only; which are given by an oracle,
-                attended to (by the row that made the state, or by the state itself), drawn, or none
+    blind-*     the picture hidden behind itself: question, states and words see one re-read patch a step only, which an oracle gives, which
+                is attended to (by the state itself, or by the row that made it), drawn, or none. Half a rationale could not be said
+                then, so these learn by the number of hops: none, one, two, three; the state comes first, to be asked what it wants
 
 Validation problems show how a stage ends; the figures are of test problems of another seed than the trials' (theirs were seen while the
 recipe was sought). What is done already is not done
@@ -88,29 +90,34 @@ class Arm:
     """The needed cell is re-read at each step."""
     begins: str = "explicit"
     """The arm whose model is the start."""
+    blind: bool = False
+    """Learns by the number of hops, answers alone."""
 
 
-BLIND = {"bottleneck": "picture", "k": 1, "reuse": True}
+OURS = {"k": 2, "order": "patches-first"}
+BLIND = {"bottleneck": "picture", "k": 1, "reuse": True, "order": "state-first"}
 ARMS: dict[str, Arm] = {
-    "full": Arm({"k": 2}),
-    "detached": Arm({"k": 2, "gradients": "detached"}),
-    "anchor": Arm({"k": 2, "gradients": "detached"}, anchor=1.0),
-    "hidden": Arm({"patches": "none"}),
-    "random": Arm({"patches": "random", "k": 2}),
-    "pause": Arm({"thought": "pause", "patches": "none"}),
-    "patches": Arm({"thought": "none", "k": 2}),
+    "full": Arm(OURS),
+    "state-first": Arm({**OURS, "order": "state-first"}),
+    "detached": Arm({**OURS, "gradients": "detached"}),
+    "anchor": Arm({**OURS, "gradients": "detached"}, anchor=1.0),
     "reference": Arm({"k": 2}, mode="reference"),
+    "hidden": Arm({"patches": "none"}),
+    "hidden-detached": Arm({"patches": "none", "gradients": "detached"}),
+    "random": Arm({**OURS, "patches": "random"}),
+    "pause": Arm({"thought": "pause", "patches": "none"}),
+    "patches": Arm({**OURS, "thought": "none"}),
     "dialogue": Arm({"patches": "none"}, begins="spoken"),
-    "blind-oracle": Arm(BLIND, oracle=True),
-    "blind-attended": Arm(BLIND),
-    "blind-state": Arm({**BLIND, "selects": "state"}),
-    "blind-random": Arm({**BLIND, "patches": "random"}),
-    "blind-none": Arm({**BLIND, "patches": "none"}),
-    "k1": Arm({"k": 1}),
-    "k3": Arm({"k": 3}),
-    "n1": Arm({"k": 2}, latents=1),
-    "n2": Arm({"k": 2}, latents=2),
-    "n3": Arm({"k": 2}, latents=3),
+    "blind-oracle": Arm(BLIND, oracle=True, blind=True),
+    "blind-state": Arm({**BLIND, "selects": "state"}, blind=True),
+    "blind-attended": Arm(BLIND, blind=True),
+    "blind-random": Arm({**BLIND, "patches": "random"}, blind=True),
+    "blind-none": Arm({**BLIND, "patches": "none"}, blind=True),
+    "k1": Arm({**OURS, "k": 1}),
+    "k3": Arm({**OURS, "k": 3}),
+    "n1": Arm(OURS, latents=1),
+    "n2": Arm(OURS, latents=2),
+    "n3": Arm(OURS, latents=3),
 }
 LOUD = {"direct": 0, "spoken": LOOKUPS, "explicit": LOOKUPS}
 """Arms without latent steps, and how many steps they say."""
@@ -164,12 +171,13 @@ class World:
             way=tuple(board.index(cell) for cell in way),
         )
 
-    def practice(self, kept: int) -> Callable[[int], Drawn]:
-        """The i-th lesson of a training."""
+    def practice(self, kept: int, recipe: Latent, blind: bool) -> Callable[[int], Drawn]:
+        """The i-th lesson of a training; ``blind``: about a hop less than there are latent steps."""
 
         def drawn(index: int) -> Drawn:
             rng = random.Random(f"hops/{self.seed}/{index}")
-            return self.lesson(rng.choice(self.train), rng.choice(tuple(LETTERS)), kept)
+            hops = recipe.stage(index // recipe.batch)[0] - 1 if blind else HOPS
+            return self.lesson(rng.choice(self.train), rng.choice(tuple(LETTERS)), kept, hops)
 
         return drawn
 
@@ -218,7 +226,7 @@ def recipe_of(name: str, seed: int, plan: argparse.Namespace) -> Latent:
     settings = {**arm.settings, **({"pause_id": 0} if arm.settings.get("thought") == "pause" else {})}
     frozen = ["visual", "embed_tokens"]
     common = {"task": "hops", "lr": plan.lr, "batch": plan.batch, "warmup": 30, "save_every": 200, "clip": 1.0, "seed": seed}
-    common |= {"optimizer": "muon", "floor": 0.1}
+    common |= {"optimizer": "muon", "floor": 0.1, "words": "dialogue" if "spoken" in (name, arm.begins) else "replies"}
     return Latent.read({**common, "mode": arm.mode, "settings": settings, "anchor": arm.anchor, "steps": steps, "frozen": frozen})
 
 
@@ -231,10 +239,12 @@ def made(name: str, folder: Path, seed: int, plan: argparse.Namespace) -> dict[s
     exams = world.exams(checkpoint.model, "validation", 256, kept)
 
     def after(stage: int, model: Any) -> dict[str, Any]:
-        return {"validation": said(thinker(model, recipe, stage), exams, stage)["accuracy"]}
+        seen = world.exams(model, "validation", 256, kept, stage - 1) if arm.blind else exams
+        return {"validation": said(thinker(model, recipe, stage), seen, stage)["accuracy"]}
 
     started, resume = time.process_time(), (folder / name / "trainer").exists()
-    lines = internalise(recipe, checkpoint, world.practice(kept), folder / name, embed=world.embed, after=after, resume=resume)
+    practice = world.practice(kept, recipe, arm.blind)
+    lines = internalise(recipe, checkpoint, practice, folder / name, embed=world.embed, after=after, resume=resume)
     seconds = round(time.process_time() - started)
     row = {"seed": seed, "arm": name, "latents": recipe.latents, "trained": sum(recipe.steps), "cpu_seconds": seconds, "resumed": resume}
     row["stages"] = [line["validation"] for line in lines if "validation" in line]
