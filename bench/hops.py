@@ -17,9 +17,10 @@ time. From there
     hidden      states alone   patches  patches alone   pause  a constant word in place of states   random  patches by lot
     k1, k3      patches a step   n1 .. n3  so many latent steps for four look-ups, the rest of the rationale dropped
     dialogue    as ``hidden``, but from ``spoken``: whole turns are internalised, not replies
-    blind-*     the picture hidden behind itself: question, states and words see one re-read patch a step only, which an oracle gives, which
-                is attended to (by the state itself, or by the row that made it), drawn, or none. Half a rationale could not be said
-                then, so these learn by the number of hops: none, one, two, three; the state comes first, to be asked what it wants
+    blind-*     the picture hidden from everything behind the question: states and words see one re-read patch a step only, which an
+                oracle gives, which is attended to (by the state itself, or by the row that made it), drawn, or none. Half a rationale
+                could not be said then, so these learn by the number of hops: none, one, two, three; the state comes first, so that it
+                can be asked what it wants. What the question itself took from the picture, ``blind-none`` shows
 
 Validation problems show how a stage ends; the figures are of test problems of another seed than the trials' (theirs were seen while the
 recipe was sought). What is done already is not done
@@ -95,7 +96,7 @@ class Arm:
 
 
 OURS = {"k": 2, "order": "patches-first"}
-BLIND = {"bottleneck": "picture", "k": 1, "reuse": True, "order": "state-first"}
+BLIND = {"bottleneck": "question", "k": 1, "reuse": True, "order": "state-first"}
 ARMS: dict[str, Arm] = {
     "full": Arm(OURS),
     "state-first": Arm({**OURS, "order": "state-first"}),

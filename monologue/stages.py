@@ -104,7 +104,8 @@ def train_latent(options: argparse.Namespace) -> int:
     import torch
 
     from monologue.backends.checkpoints import open_checkpoint
-    from monologue.commands import named_task
+    from monologue.cards import validated, write_thinker_card
+    from monologue.commands import TASKS, named_task
     from monologue.seating import starter
     from monologue.training.latent import Latent, internalise
     from monologue.training.recipe import override, read_recipe
@@ -121,5 +122,9 @@ def train_latent(options: argparse.Namespace) -> int:
     lines = internalise(recipe, checkpoint, lessons_of(recipe, checkpoint, named_task), out, resume=options.resume)
     ends = [line for line in lines if line["at"] == recipe.steps[int(line["stage"].split()[0])]]
     table(["stage", "steps", "loss of words"], [[line["stage"], str(line["at"]), f"{line['words']:.4f}"] for line in ends])
+    if recipe.task in TASKS:
+        scores = validated(checkpoint, out, named_task(recipe.task, recipe.families or None))
+        write_thinker_card(options, recipe, checkpoint, out, scores)
+        table(["validation problems", "answered right"], [[name, f"{value:.4f}"] for name, value in scores.items()])
     print(f"play:  monologue play --graph latent --thinker {out}")
     return 0

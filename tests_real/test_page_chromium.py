@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from chromium import browser, command, environment, served  # noqa: E402
-
 from PIL import Image  # noqa: E402
 
 from monologue.backends.base import Thought  # noqa: E402

@@ -10,6 +10,7 @@ an ordinary policy that answers badly.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -35,6 +36,7 @@ from monologue.training.loop import StreamTrainer, arguments
 from monologue.training.muon import MuonAdamW
 from monologue.training.recipe import RecipeError, follow
 from monologue.training.reinforce import latest
+from monologue.training.starter.fit import round_weights
 
 STATE = "trainer"
 CURVE = "curve.jsonl"
@@ -88,6 +90,8 @@ class Latent(BaseModel):
     """Share of the learning rate at a stage's end."""
     frozen: list[str] = ["visual", "vision_tower"]
     """Parameters with one of these in their name are not trained."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights that are saved; ``bfloat16`` rounds them first, in place, so that they are examined as they ship."""
     save_every: int = Field(200, ge=1)
     """Steps between checkpoints of the training."""
     seed: int = 0
@@ -216,9 +220,10 @@ class _Training:
         done = 0 if start is None else int(json.loads((start / "trainer_state.json").read_text())["global_step"])
         self._reopen(done)
         self.trainer.train(resume_from_checkpoint=None if start is None else str(start))
-        self.model.save(self.out)
-        habit = Habit(self.recipe.as_mode(), recipe.latents, self.objective.think)
-        habit.save(self.out)
+        if recipe.dtype == "bfloat16":
+            round_weights(self.checkpoint.model)
+        save_checkpoint(self.checkpoint, self.out, copy.deepcopy(self.checkpoint.model).to(getattr(torch, recipe.dtype)))
+        Habit(recipe.as_mode(), recipe.latents, self.objective.think).save(self.out)
         return self.lines
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

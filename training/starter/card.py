@@ -12,22 +12,25 @@ from typing import Any
 
 from monologue.backends.places import STARTERS
 
-POLICIES = ("questioner", "answerer", "direct")
+POLICIES = ("questioner", "answerer", "direct", "speaker", "thinker")
 ABOUT = {
     "questioner": "Text-only Qwen3-class model. Asks, concludes, gives its reasons where the family needs them. Never sees a picture.",
     "answerer": "Qwen2-VL-class model. Sees one picture of 84 x 84 pixels as 9 visual tokens and answers one-hop questions in one word.",
     "direct": "Qwen2-VL-class model with twice the layers: the rival, which answers whole problems in one shot.",
+    "speaker": "Qwen2-VL-class model of three layers and width 64 that takes every seat of the hops world, out loud.",
+    "thinker": "The speaker after its monologues were internalised: latent steps, as many as a problem has look-ups, then the answer.",
 }
 INTRODUCTION = """# Starter policies
 
-Small policies for the shapes world, trained from nothing by this project's own commands on one processor core each. They know 139 words
-and one world; they show that the machinery works, and are where training begins. Scores are of validation problems, greedy.
+Small policies for the shapes world, and two for the world of hops, trained from nothing by this project's own commands on one processor
+core each. They know 139 words (36 in the world of hops); they show that the machinery works, and are where training begins. Scores are of
+validation problems, greedy.
 
 This page is made by `python -m monologue.training.starter.card` from the files beside it.
 
 ![loss while training](curves.svg)
 """
-COLOURS = {"questioner": "#0b7285", "answerer": "#2b8a3e", "direct": "#c92a2a"}
+COLOURS = {"questioner": "#0b7285", "answerer": "#2b8a3e", "direct": "#c92a2a", "speaker": "#5f3dc4", "thinker": "#e67700"}
 WIDTH, HEIGHT, MARGIN = 720, 300, 46
 
 
@@ -93,8 +96,8 @@ def _by_share(points: list[dict[str, Any]]) -> list[tuple[float, float]]:
     for point in points:
         if point["stage"] != stage:
             before, stage = before + last, point["stage"]
-        last = point["step"]
-        found.append((before + last, point["loss"]))
+        last = point.get("at", point["step"])
+        found.append((before + last, point["loss"] if "loss" in point else point["words"]))
     return [(step / (before + last), loss) for step, loss in found]
 
 

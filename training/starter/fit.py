@@ -67,6 +67,13 @@ def optimizers(parameters: list[tuple[str, nn.Parameter]], lr: float) -> list[to
     return [muon, torch.optim.AdamW(rest, lr=lr / 2, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
+@torch.no_grad()
+def round_weights(model: nn.Module) -> None:
+    """Rounds every weight to bfloat16, in place; arithmetic stays in float32."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(torch.bfloat16).float())
+
+
 def schedule(step: int, steps: int, floor: float) -> float:
     """Linear warm-up over 50 steps, then a cosine down to ``floor``."""
     return min(1.0, (step + 1) / 50) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))

@@ -32,7 +32,7 @@ from monologue.tasks.shapes.task import content_hash
 from monologue.training.recipe import RecipeError
 from monologue.training.starter import answerer, direct, questioner, speaker
 from monologue.training.starter.batches import Words
-from monologue.training.starter.fit import Curve, Stage, fit
+from monologue.training.starter.fit import Curve, Stage, fit, round_weights
 from monologue.training.starter.models import build_answerer, build_image_processor, build_questioner, build_speaker, build_tokenizer
 from monologue.training.starter.sight import Sight
 
@@ -142,13 +142,6 @@ def _speaker(bench: Bench) -> Made:
 _MAKERS: dict[str, Callable[[Bench], Made]] = {"answerer": _answerer, "questioner": _questioner, "direct": _direct, "speaker": _speaker}
 
 
-@torch.no_grad()
-def round_weights(model: nn.Module) -> None:
-    """Rounds every weight to bfloat16, in place; arithmetic stays in float32."""
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(torch.bfloat16).float())
-
-
 def save(model: Any, tokenizer: Any, out: Path, processor: Any | None) -> None:
     """A bfloat16 checkpoint that ``from_pretrained`` reads. A copy is cast: casting there and back would round rotary tables for good."""
     out.mkdir(parents=True, exist_ok=True)
@@ -161,14 +154,14 @@ def save(model: Any, tokenizer: Any, out: Path, processor: Any | None) -> None:
 def write_card(out: Path, recipe: dict[str, Any], model: nn.Module, scores: dict[str, Any], seconds: float) -> dict[str, Any]:
     card = {
         "policy": recipe["policy"],
-        "command": f"monologue train starter {recipe['policy']}",
+        "command": recipe.get("command", f"monologue train starter {recipe['policy']}"),
         "seed": recipe["seed"],
         "stages": [asdict(Stage(**stage)) for stage in recipe["stage"]],
         "run_here": [stage.name for stage in stages_of(recipe)],
         "parameters": sum(p.numel() for p in model.parameters()),
         "cpu_seconds": round(seconds),
         "torch": torch.__version__.split("+")[0],
-        "world_sha256": world_hash(Hops() if recipe["policy"] == "speaker" else Shapes()),
+        "world_sha256": world_hash(Hops() if recipe["policy"] in ("speaker", "thinker") else Shapes()),
         "weights_sha256": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
         "validation": scores,
     }
