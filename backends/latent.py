@@ -60,12 +60,17 @@ class Habit:
         except (ValueError, TypeError, KeyError) as error:
             raise BackendError(f"{str(file)!r} does not say how to think: {error}") from error
 
-    def halt(self, reasoner: LatentReasoner) -> Callable[[int, Tensor], Tensor] | None:
-        """For ``LatentReasoner.think``: lanes whose state (B, D) says that it has finished."""
+    def halt(self, reasoner: LatentReasoner, banned: Sequence[int] = ()) -> Callable[[int, Tensor], Tensor] | None:
+        """For ``LatentReasoner.think``: lanes whose state (B, D) says that it has finished, ``banned`` ids left out as in training."""
         if self.think is None:
             return None
-        word = self.think
-        return lambda step, states: reasoner.say(states).log_softmax(-1)[:, word] < torch.tensor(0.5).log()
+        word, silent = self.think, torch.tensor(banned, dtype=torch.long)
+
+        def finished(step: int, states: Tensor) -> Tensor:
+            logits = reasoner.say(states).index_fill(-1, silent.to(states.device), -torch.inf)  # (B, V)
+            return logits.softmax(-1)[:, word] < 0.5
+
+        return finished
 
 
 class Thinker:

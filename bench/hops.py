@@ -19,8 +19,9 @@ time. From there
     dialogue    as ``hidden``, but from ``spoken``: whole turns are internalised, not replies
     blind-*     the picture hidden from everything behind the question: states and words see one re-read patch a step only, which an
                 oracle gives, which is attended to (by the state itself, or by the row that made it), drawn, or none. Half a rationale
-                could not be said then, so these learn by the number of hops: none, one, two, three; the state comes first, so that it
-                can be asked what it wants. What the question itself took from the picture, ``blind-none`` shows
+                could not be said then, so these learn by the number of hops, none to three, in twice the steps, and each state shall
+                name its finding; the state comes first, so that it can be asked what it wants. What the question itself took from
+                the picture, ``blind-none`` shows
 
 Validation problems show how a stage ends; the figures are of test problems of another seed than the trials' (theirs were seen while the
 recipe was sought). What is done already is not done
@@ -60,8 +61,8 @@ from monologue.training.starter.make import save
 from monologue.training.starter.models import build_image_processor, build_speaker, build_tokenizer
 
 HOPS, LOOKUPS, CELLS = 3, 4, speaker.CELLS
-UNSEEN = 1
-"""Seed of test problems."""
+SEEDS = {"validation": 0, "test": 1}
+"""Of the problems on which everyone is examined; of training the seed's own."""
 POOL, EXAMINED = 12288, 128
 """Training pictures; problems of a batch under examination."""
 EXPLICIT, STAGE, BATCH, LR = 400, 250, 32, 3e-3
@@ -74,7 +75,7 @@ class Drawn(Lesson):
     place: int = 0
     """Its visual tokens in the pool."""
     way: tuple[int, ...] = ()
-    """Cells that the look-ups need, in order."""
+    """The cell that each step looks up; of blind ones the cell that its state asks for, and the last keeps the one before."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Arm:
     latents: int = LOOKUPS
     """Latent steps; the rest of the rationale is dropped."""
     oracle: bool = False
-    """The needed cell is re-read at each step."""
+    """The cell that a state asks for is re-read behind it."""
     begins: str = "explicit"
     """The arm whose model is the start."""
     blind: bool = False
@@ -109,11 +110,11 @@ ARMS: dict[str, Arm] = {
     "pause": Arm({"thought": "pause", "patches": "none"}),
     "patches": Arm({**OURS, "thought": "none"}),
     "dialogue": Arm({"patches": "none"}, begins="spoken"),
-    "blind-oracle": Arm(BLIND, oracle=True, blind=True),
-    "blind-state": Arm({**BLIND, "selects": "state"}, blind=True),
-    "blind-attended": Arm(BLIND, blind=True),
-    "blind-random": Arm({**BLIND, "patches": "random"}, blind=True),
-    "blind-none": Arm({**BLIND, "patches": "none"}, blind=True),
+    "blind-oracle": Arm(BLIND, anchor=1.0, oracle=True, blind=True),
+    "blind-state": Arm({**BLIND, "selects": "state"}, anchor=1.0, blind=True),
+    "blind-attended": Arm(BLIND, anchor=1.0, blind=True),
+    "blind-random": Arm({**BLIND, "patches": "random"}, anchor=1.0, blind=True),
+    "blind-none": Arm({**BLIND, "patches": "none"}, anchor=1.0, blind=True),
     "k1": Arm({**OURS, "k": 1}),
     "k3": Arm({**OURS, "k": 3}),
     "n1": Arm(OURS, latents=1),
@@ -128,10 +129,10 @@ NAMES = (*LOUD, *ARMS)
 class World:
     """Pictures of a seed as visual tokens, and lessons about them."""
 
-    def __init__(self, folder: Path, seed: int, oracle: bool = False, whole: bool = False) -> None:
-        """``folder/base`` sees; ``oracle``: lessons say which cell each step is to read again; ``whole``: questions are said too."""
+    def __init__(self, folder: Path, seed: int, arm: Arm, whole: bool) -> None:
+        """``folder/base`` sees; ``whole``: questions are said too."""
         base = open_checkpoint(str(folder / "base"), device="cpu", dtype=torch.float32)
-        self.folder, self.seed, self.oracle, self.whole, self.words = folder, seed, oracle, whole, Words(base.tokenizer)
+        self.folder, self.seed, self.arm, self.whole, self.words = folder, seed, arm, whole, Words(base.tokenizer)
         self.task, self.eyes = Hops([f"hop{HOPS}"]), speaker.Speaker(base.model, Words(base.tokenizer))
         self.boards: list[Board] = []
         self.tokens = torch.zeros(0, CELLS, base.model.get_input_embeddings().embedding_dim)
@@ -139,13 +140,13 @@ class World:
 
     def problem(self, split: str, index: int) -> Problem:
         """Everyone is examined on the same."""
-        return self.task.problem(split, index, {"train": self.seed, "validation": 0, "test": UNSEEN}[split])
+        return self.task.problem(split, index, SEEDS.get(split, self.seed))
 
     def look(self, split: str, count: int) -> range:
         """Draws and sees so many pictures of a split, once; their places in the pool."""
         problems = (self.problem(split, index) for index in range(count))
         drawings = [one.pictures[0] for one in problems]
-        file = self.folder / f"{split}-{count}.safetensors"
+        file = self.folder / f"{split}-{SEEDS.get(split, self.seed)}-{count}.safetensors"
         if not file.exists():
             with torch.inference_mode():
                 seen = [self.eyes.see(patches([one() for one in drawings[i : i + 64]])) for i in range(0, count, 64)]
@@ -159,6 +160,7 @@ class World:
         """About a pooled picture, with so many steps of its rationale."""
         board, words = self.boards[place], self.words
         way = walk(board, start, hops)
+        needed = tuple(board.index(cell) for cell in ((*way[1:], way[-1]) if self.arm.blind else way))
         asked = f"<bos> <user> {speaker.PICTURE} which colour is {hops} hops after {start} {speaker.CHOICES} <assistant>"
         steps = [(f"what follows {cell.letter}", cell.follows) for cell in way[:-1]]
         steps.append((f"what colour is {way[-1].letter}", way[-1].colour))
@@ -167,17 +169,17 @@ class World:
             steps=tuple(tuple(words(f"{question} {reply}" if self.whole else reply)) for question, reply in steps[:kept]),
             gists=tuple(words(reply)[0] for _, reply in steps[:kept]),
             ending=tuple(words(f"{way[-1].colour} <eos>")),
-            chosen=tuple((board.index(cell),) for cell in way) if self.oracle else (),
+            chosen=tuple((cell,) for cell in needed) if self.arm.oracle else (),
             place=place,
-            way=tuple(board.index(cell) for cell in way),
+            way=needed,
         )
 
-    def practice(self, kept: int, recipe: Latent, blind: bool) -> Callable[[int], Drawn]:
-        """The i-th lesson of a training; ``blind``: about a hop less than there are latent steps."""
+    def practice(self, kept: int, recipe: Latent) -> Callable[[int], Drawn]:
+        """The i-th lesson of a training; of blind ones about a hop less than there are latent steps."""
 
         def drawn(index: int) -> Drawn:
             rng = random.Random(f"hops/{self.seed}/{index}")
-            hops = recipe.stage(index // recipe.batch)[0] - 1 if blind else HOPS
+            hops = recipe.stage(index // recipe.batch)[0] - 1 if self.arm.blind else HOPS
             return self.lesson(rng.choice(self.train), rng.choice(tuple(LETTERS)), kept, hops)
 
         return drawn
@@ -219,7 +221,7 @@ def begin(folder: Path, seed: int) -> None:
 def recipe_of(name: str, seed: int, plan: argparse.Namespace) -> Latent:
     """The training of an arm."""
     arm = ARMS.get(name, Arm({"patches": "none"}))
-    steps = [0] + [plan.stage] * arm.latents
+    steps = [0] + [(1 + arm.blind) * LOOKUPS * plan.stage // arm.latents] * arm.latents
     if name == "direct":
         steps = [plan.explicit + LOOKUPS * plan.stage]
     elif name in LOUD:
@@ -233,23 +235,34 @@ def recipe_of(name: str, seed: int, plan: argparse.Namespace) -> Latent:
 
 def made(name: str, folder: Path, seed: int, plan: argparse.Namespace) -> dict[str, Any]:
     """The row of an arm, trained and examined."""
-    recipe, arm = recipe_of(name, seed, plan), ARMS.get(name, Arm({}, begins="base"))
-    kept, source = LOUD.get(name, arm.latents), folder / arm.begins
-    world = World(folder, seed, arm.oracle, whole="spoken" in (name, arm.begins))
-    checkpoint = open_checkpoint(str(source), device="cpu", dtype=torch.float32)
+    recipe, arm, out = recipe_of(name, seed, plan), ARMS.get(name, Arm({}, begins="base")), folder / name
+    kept, settled = LOUD.get(name, arm.latents), recipe.model_dump(mode="json")
+    world = World(folder, seed, arm, whole="spoken" in (name, arm.begins))
+    done = json.loads((out / "trained.json").read_text()) if (out / "trained.json").exists() else None
+    if done is None:
+        done = {"recipe": settled, **trained(recipe, world, folder / arm.begins, out, kept)}
+        (out / "trained.json").write_text(json.dumps(done) + "\n")
+    if done.pop("recipe") != settled:
+        raise SystemExit(f"{out} was trained by another recipe; name another --out, or remove it")
+    model = open_checkpoint(str(out), device="cpu", dtype=torch.float32).model
+    own = sum(recipe.steps)
+    row = {"seed": seed, "arm": name, "latents": recipe.latents, "steps": own, "and_before": plan.explicit if arm.begins != "base" else 0}
+    return {**row, **done, **examined(thinker(model, recipe, recipe.latents), world, name, kept, plan.n)}
+
+
+def trained(recipe: Latent, world: World, source: Path, out: Path, kept: int) -> dict[str, Any]:
+    """What the training took, and validation accuracy after each stage."""
+    checkpoint, arm = open_checkpoint(str(source), device="cpu", dtype=torch.float32), world.arm
     exams = world.exams(checkpoint.model, "validation", 256, kept)
 
     def after(stage: int, model: Any) -> dict[str, Any]:
         seen = world.exams(model, "validation", 256, kept, stage - 1) if arm.blind else exams
-        return {"validation": said(thinker(model, recipe, stage), seen, stage)["accuracy"]}
+        return {"validation": said(thinker(model, recipe, stage), seen, stage)["chain"]}
 
-    started, resume = time.process_time(), (folder / name / "trainer").exists()
-    practice = world.practice(kept, recipe, arm.blind)
-    lines = internalise(recipe, checkpoint, practice, folder / name, embed=world.embed, after=after, resume=resume)
-    seconds = round(time.process_time() - started)
-    row = {"seed": seed, "arm": name, "latents": recipe.latents, "trained": sum(recipe.steps), "cpu_seconds": seconds, "resumed": resume}
-    row["stages"] = [line["validation"] for line in lines if "validation" in line]
-    return {**row, **examined(thinker(checkpoint.model, recipe, recipe.latents), world, name, kept, plan.n)}
+    started, resume = time.process_time(), (out / "trainer").exists()
+    lines = internalise(recipe, checkpoint, world.practice(kept, recipe), out, embed=world.embed, after=after, resume=resume)
+    stages = [line["validation"] for line in lines if "validation" in line]
+    return {"cpu_seconds": round(time.process_time() - started), "resumed": resume, "stages": stages}
 
 
 def thinker(model: Any, recipe: Latent, stage: int) -> causal.Thinking:
@@ -259,11 +272,15 @@ def thinker(model: Any, recipe: Latent, stage: int) -> causal.Thinking:
 
 
 def said(thinking: causal.Thinking, exams: Sequence[causal.Exam], stage: int) -> dict[str, Any]:
-    """Share of problems whose whole remaining rationale and answer are said word for word, greedily."""
-    hits: list[bool] = []
+    """Share of problems answered right, greedily; ``chain``: whose remaining rationale is right too, word for word."""
+    answers: list[bool] = []
+    chains: list[bool] = []
     for exam in exams:
-        hits += causal.right(thinking, thinking.think(exam), [one.left(stage) for one in exam.lessons])
-    return causal.share(hits)
+        wanted, endings = [one.left(stage) for one in exam.lessons], [one.ending for one in exam.lessons]
+        words = causal.spoken(thinking, thinking.think(exam), len(wanted[0]))  # all rows say equally many
+        chains += causal.same(words, wanted)
+        answers += causal.same(words[:, len(wanted[0]) - len(endings[0]) :], endings)
+    return {**causal.share(answers), "chain": causal.share(chains)["accuracy"]}
 
 
 def examined(thinking: causal.Thinking, world: World, name: str, kept: int, count: int) -> dict[str, Any]:
@@ -272,7 +289,8 @@ def examined(thinking: causal.Thinking, world: World, name: str, kept: int, coun
     found: dict[str, Any] = said(thinking, exams, stage)
     if stage:
         rows = causal.controls(thinking, exams)
-        found["controls"] = {row["control"]: row["accuracy"] for row in rows} | {"carried": rows[-1]["carried"]}
+        found["controls"] = {row["control"]: row["accuracy"] for row in rows}
+        found["carried"] = next(row["carried"] for row in rows if row["control"] == "shuffled")
         found["probes"] = causal.probes(thinking, exams)
     if thinking.reasoner.mode.patches != "none" and stage:
         found["recall"] = causal.recall(thinking, exams)
@@ -304,9 +322,17 @@ def main() -> None:
             if not kept.exists():
                 kept.write_text(json.dumps(made(name, plan.out / str(seed), seed, plan)) + "\n")
             row = json.loads(kept.read_text())
-            print(json.dumps({key: row.get(key) for key in ("seed", "arm", "accuracy", "stages", "cpu_seconds", "controls")}), flush=True)
+            print(
+                json.dumps({key: row.get(key) for key in ("seed", "arm", "accuracy", "stages", "cpu_seconds", "controls", "carried")}),
+                flush=True,
+            )
     rows = [json.loads(file.read_text()) for name in NAMES for file in sorted(plan.out.glob(f"*/{name}.json"))]
-    command = "python bench/hops.py --seeds " + " ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+    changed = [
+        f"--{name} {getattr(plan, name)}"
+        for name in ("explicit", "stage", "batch", "lr", "n")
+        if getattr(plan, name) != options.get_default(name)
+    ]
+    command = " ".join(["python bench/hops.py --seeds", *(str(seed) for seed in sorted({row["seed"] for row in rows})), *changed])
     machine = f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}, one thread"
     settings = {name: getattr(plan, name) for name in ("explicit", "stage", "batch", "lr", "n")}
     result = {"name": "hops", "command": command, "machine": machine, "chance": 1 / len(COLOURS), "settings": settings, "rows": rows}

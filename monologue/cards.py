@@ -18,10 +18,8 @@ from monologue.training import causal
 from monologue.training.latent import Latent
 from monologue.training.starter.make import write_card
 
-EXAMINED = 1000
 
-
-def validated(checkpoint: Checkpoint, folder: Path, task: Task, count: int = EXAMINED) -> dict[str, float]:
+def validated(checkpoint: Checkpoint, folder: Path, task: Task, count: int) -> dict[str, float]:
     """Share of validation problems answered right, greedily, in all and by family."""
     habit, inputs = Habit.load(folder), Inputs(checkpoint)
     thinking = causal.Thinking(LatentReasoner(checkpoint.model, habit.mode), habit, inputs.banned)

@@ -123,7 +123,7 @@ def train_latent(options: argparse.Namespace) -> int:
     ends = [line for line in lines if line["at"] == recipe.steps[int(line["stage"].split()[0])]]
     table(["stage", "steps", "loss of words"], [[line["stage"], str(line["at"]), f"{line['words']:.4f}"] for line in ends])
     if recipe.task in TASKS:
-        scores = validated(checkpoint, out, named_task(recipe.task, recipe.families or None))
+        scores = validated(checkpoint, out, named_task(recipe.task, recipe.families or None), recipe.examined)
         write_thinker_card(options, recipe, checkpoint, out, scores)
         table(["validation problems", "answered right"], [[name, f"{value:.4f}"] for name, value in scores.items()])
     print(f"play:  monologue play --graph latent --thinker {out}")

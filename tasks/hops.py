@@ -52,7 +52,10 @@ ARROW = (0b000100, 0b000110, 0b111111, 0b000110, 0b000100)
 INK = (250, 250, 250)
 FAMILIES = {"hop1": 1, "hop2": 2, "hop3": 3, "hop4": 4}
 """Arrows to follow."""
-VOCABULARY = (*LETTERS, *COLOURS, *map(str, range(10)), "which", "what", "colour", "is", "hop", "hops", "after", "follows")
+ASKED = ("which", "what", "colour", "is", "hop", "hops", "after", "follows")
+CORRECTIONS = ("please", "look", "or", "answer", "again", "no", ",", "describe", "the", "picture")
+"""What seats are told that said something unheard of, and what graph ``caption`` asks."""
+VOCABULARY = (*LETTERS, *COLOURS, *map(str, range(10)), *ASKED, *CORRECTIONS)
 """Every word that this world says or hears."""
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from monologue.agents.prompts import TINY
 from monologue.tasks.base import TaskError, exact_match
 from monologue.tasks.hops import CELL, COLOURS, COLUMNS, FAMILIES, LETTERS, ROWS, VOCABULARY, Hops, walk
 from monologue.tasks.shapes.task import content_hash
@@ -77,6 +78,7 @@ def test_every_word_that_is_said_is_in_the_vocabulary() -> None:
     for problem in PROBLEMS:
         turns = [f"{turn.question} {turn.reply}" for turn in problem.oracle or ()]
         assert set(" ".join([problem.question, *problem.choices, *turns]).split()) <= set(VOCABULARY)
+    assert set(f"{TINY.fault} {TINY.unanswered} {TINY.caption}".split()) <= set(VOCABULARY)
     assert len(set(VOCABULARY)) == len(VOCABULARY)
 
 

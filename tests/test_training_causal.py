@@ -63,20 +63,23 @@ def test_without_interference_a_thinker_says_what_it_says(opened: Checkpoint, ex
 
 
 @torch.inference_mode()
-def test_patched_thoughts_are_those_of_the_next_problem(opened: Checkpoint, exams: list[causal.Exam]) -> None:
+def test_shuffled_thoughts_are_those_of_the_next_problem(opened: Checkpoint, exams: list[causal.Exam]) -> None:
     thinking, exam = thinker(opened), exams[0]
     own = thinking.think(exam)
     order = [*range(1, len(exam.lessons)), 0]
     edits = Edits(states=lambda step, _: own.fed[order, step], patches=lambda step, _: own.patches[order, step])
     swapped = wanting(exam, answers(thinking, exam, chosen=own.chosen[order], edits=edits))
-    (row,) = causal.controls(thinking, [swapped], ["patched"])
+    (row,) = causal.controls(thinking, [swapped], ["shuffled"])
     assert row["accuracy"] == 1.0 and row["pairs"] < len(exam.lessons)
+    own_answers = wanting(exam, answers(thinking, exam))
+    (row,) = causal.controls(thinking, [wanting(exam, [swapped.lessons[place - 1].ending for place in range(len(order))])], ["shuffled"])
+    assert row["carried"] == 1.0 and causal.controls(thinking, [own_answers], ["none"])[0]["accuracy"] == 1.0
 
 
 @torch.inference_mode()
 def test_random_patches_are_as_many_and_none_twice(opened: Checkpoint, exams: list[causal.Exam]) -> None:
     own = thinker(opened).think(exams[0])
-    drawn = causal._drawn(own, 0)
+    drawn = causal._drawn(causal._plain(own), exams[0], 0)
     assert drawn.shape == own.chosen.shape and int(drawn.min()) >= 0 and int(drawn.max()) < 12
     assert all(len(set(lane.flatten().tolist())) == lane.numel() for lane in drawn)
     assert not torch.equal(drawn, own.chosen)

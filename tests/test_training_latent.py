@@ -16,6 +16,7 @@ from monologue.backends.latent import Habit
 from monologue.backends.perception.ivtlr import LatentReasoner
 from monologue.backends.perception.modes import OURS
 from monologue.backends.perception.prompts import prompts
+from monologue.cards import validated
 from monologue.cli import main
 from monologue.commands import named_task
 from monologue.tasks.hops import VOCABULARY, Hops
@@ -232,3 +233,19 @@ def test_a_logged_dialogue_is_the_same_rationale_as_its_oracles_program(speaker:
     recipe.write_text(f'run = "{run}"\nsettings = {{ k = 2 }}\nsteps = [2, 2]\nbatch = 2\nlr = 1e-3\n')
     assert main(["train", "latent", str(recipe), "--start", str(speaker), "--out", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "latent.json").read_text())["steps"] == 1
+
+
+def test_what_ships_is_rounded_examined_as_it_ships_and_has_a_card(
+    speaker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
+    recipe.write_text(
+        'task = "hops"\nwords = "replies"\ndtype = "bfloat16"\nexamined = 8\nsteps = [2, 2]\nbatch = 2\nlr = 1e-3\nsettings = { k = 2 }\n'
+    )
+    assert main(["train", "latent", str(recipe), "--start", str(speaker), "--out", str(out)]) == 0
+    card = json.loads((out / "card.json").read_text())
+    assert [stage["steps"] for stage in card["stages"]] == [2, 2] and card["command"].endswith(f"--start {speaker}")
+    assert set(card["validation"]) == {"all", "hop1", "hop2", "hop3", "hop4"}
+    assert {value.dtype for value in weights(out).values()} == {torch.bfloat16}
+    opened, shown = open_checkpoint(str(out), device="cpu", dtype=torch.float32), capsys.readouterr().out
+    assert validated(opened, out, TASK, 8) == card["validation"] and "hop4" in shown

@@ -5,17 +5,18 @@ problems are answered again with
 
     no latents        as if there had been no time to think
     pause             a constant word in place of every state, no patches: time, but no content
-    shuffled          states and patches of another problem (the next one in its batch)
+    shuffled          states and patches of another problem (the next one in its batch), as many steps as that one took
     mean              each step's mean state over all problems
     noise             a normal draw with each step's mean and spread
     random patches    the states as they are, patches drawn by lot
-    patched           another problem's thoughts, its own question and picture kept: how often its answer becomes the *other* one's
-                      (``carried``), where the two differ. Only this control is passed by high figures.
 
-and what the states hold is read off: a linear probe (ridge regression, fitted on one half of the problems, examined on the other) names
-from state i what step i finds; ``recall`` is the share of steps whose needed patch was read again by then, beside that of a fair draw.
+``shuffled`` is activation patching too: ``carried`` is how often the answer becomes that of the problem whose thoughts were carried over,
+where the two differ; only there are high figures wanted. A control that leaves everything as it is (patches by lot for a thinker without
+patches) is not listed. What the states hold is read off: a linear probe (ridge regression, fitted on one half of the problems, examined
+on the other) names from state i what step i finds; ``recall`` is the share of steps whose needed patch was read again by then, beside
+that of a fair draw.
 
-A thinker passes where the first six fall to what a guesser has, and ``carried`` is near 1. Nothing is judged here; the table says what is.
+A thinker passes where the first five fall to what a guesser has, and ``carried`` is near 1. Nothing is judged here; the table says what is.
 
 Shapes: B rows, n latent steps, K patches a step, D width, V vocabulary.
 """
@@ -33,12 +34,14 @@ from torch import Tensor
 
 from monologue.backends.latent import Habit
 from monologue.backends.perception.ivtlr import Edits, LatentReasoner
+from monologue.backends.perception.modes import Mode
 from monologue.backends.perception.prompts import Prompts
 from monologue.backends.perception.thoughts import Thoughts
 from monologue.training.internalise import Lesson, forced
 
-CONTROLS = ("none", "no latents", "pause", "shuffled", "mean", "noise", "random patches", "patched")
-RIDGE = 1.0
+CONTROLS = ("none", "no latents", "pause", "shuffled", "mean", "noise", "random patches")
+RIDGE, LEAST = 1.0, 20
+"""Weight of the probe's ridge; problems without which there is no probe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,52 +65,90 @@ class Thinking:
     seed: int = 0
     """Of noise, draws and random patches."""
 
+    @property
+    def silent(self) -> tuple[int, ...]:
+        """Ids that are never said; the word that means "not finished" is one."""
+        return self.banned if self.habit.think is None else (*self.banned, self.habit.think)
+
     def think(self, exam: Exam, **more: Any) -> Thoughts:
-        """As the habit has it, or otherwise."""
-        lanes = len(exam.lessons)
-        seeds = [self.seed * 1_000_003 + lane for lane in range(lanes)] if self.reasoner.mode.patches == "random" else None
+        """As the habit has it, or otherwise; ``steps`` of each lane instead of those at which it halts."""
+        seeds = [self.seed * 1_000_003 + lane for lane in range(len(exam.lessons))]
+        halt = None if "steps" in more else self.habit.halt(self.reasoner, self.banned)
         steps = more.pop("steps", self.habit.steps)
-        more = {"chosen": forced(exam.lessons, steps), **more}
-        return self.reasoner.think(exam.given, steps, seeds=seeds, halt=self.habit.halt(self.reasoner), **more)
+        if self.reasoner.mode.patches != "none":
+            more = {"chosen": forced(exam.lessons, self.habit.steps), **more}
+        seeded = seeds if self.reasoner.mode.patches == "random" else None
+        return self.reasoner.think(exam.given, steps, seeds=seeded, halt=halt, **more)
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """A batch's thoughts without interference, as far as controls need them: keys and values are let go."""
+
+    fed: Tensor  # (B, n, D)
+    chosen: Tensor  # (B, n, K)
+    patches: Tensor  # (B, n, K, D)
+    steps: Tensor  # (B,)
 
 
 @torch.inference_mode()
+def spoken(thinking: Thinking, thoughts: Thoughts, count: int) -> Tensor:
+    """(B, count) ids that are said after the thoughts, greedily."""
+    logits, said = thinking.reasoner.say(thoughts.last), list[Tensor]()
+    for place in range(count):
+        if thinking.silent:
+            logits = logits.index_fill(-1, torch.tensor(thinking.silent, device=logits.device), -math.inf)
+        said.append(logits.argmax(-1))
+        if place + 1 < count:
+            logits = thinking.reasoner.hear(thoughts, said[-1])
+    return torch.stack(said, dim=1)
+
+
+def same(said: Tensor, wanted: Sequence[tuple[int, ...]]) -> list[bool]:
+    """Whether each row of ids (B, T) begins with what it wants, word for word."""
+    return [tuple(row[: len(one)]) == one for row, one in zip(said.tolist(), wanted, strict=True)]
+
+
 def right(thinking: Thinking, thoughts: Thoughts, wanted: Sequence[tuple[int, ...]]) -> list[bool]:
     """Whether what is said after the thoughts, greedily, is word for word what each row wants."""
-    reasoner, longest = thinking.reasoner, max(map(len, wanted))
-    logits, hits = reasoner.say(thoughts.last), torch.ones(len(wanted), dtype=torch.bool)
-    for place in range(longest):
-        if thinking.banned:
-            logits = logits.index_fill(-1, torch.tensor(thinking.banned), -math.inf)
-        said = logits.argmax(-1)
-        there = torch.tensor([place < len(one) for one in wanted])
-        hits &= ~there | (said == torch.tensor([one[place] if place < len(one) else -1 for one in wanted]))
-        if place + 1 < longest:
-            logits = reasoner.hear(thoughts, said)
-    return hits.tolist()
+    return same(spoken(thinking, thoughts, max(map(len, wanted))), wanted)
+
+
+def fitting(mode: Mode) -> tuple[str, ...]:
+    """Controls that change something."""
+    idle = {"random patches"} if mode.patches == "none" else set()
+    idle |= {"mean", "noise"} if mode.thought != "state" else set()
+    return tuple(name for name in CONTROLS if name not in idle)
 
 
 @torch.inference_mode()
-def controls(thinking: Thinking, exams: Sequence[Exam], names: Sequence[str] = CONTROLS, pause_id: int = 0) -> list[dict[str, Any]]:
-    """A row a control: ``control``, ``n``, ``accuracy``, ``stderr``; ``carried`` for ``patched``. Raises ValueError for other names."""
-    if unknown := [name for name in names if name not in CONTROLS]:
-        raise ValueError(f"unknown controls {unknown!r}; choose from {', '.join(CONTROLS)}")
-    plain = [thinking.think(exam) for exam in exams]
+def controls(thinking: Thinking, exams: Sequence[Exam], names: Sequence[str] = (), pause_id: int = 0) -> list[dict[str, Any]]:
+    """A row a control (by default all that fit): ``control``, ``n``, ``accuracy``, ``stderr``; ``carried`` for ``shuffled``.
+
+    Raises ValueError for others.
+    """
+    fit = fitting(thinking.reasoner.mode)
+    if unknown := [name for name in names if name not in fit]:
+        raise ValueError(f"unknown controls {unknown!r} for this mode; choose from {', '.join(fit)}")
+    plain = [_plain(thinking.think(exam)) for exam in exams]
     found = []
-    for name in names:
+    for name in names or fit:
         hits: list[bool] = []
         carried: list[bool] = []
         for number, exam in enumerate(exams):
             endings = [one.ending for one in exam.lessons]
-            thoughts = _interfered(name, thinking, exam, plain, number, pause_id)
-            hits += right(thinking, thoughts, endings)
-            if name == "patched":
+            said = spoken(thinking, _interfered(name, thinking, exam, plain, number, pause_id), max(map(len, endings)))
+            hits += same(said, endings)
+            if name == "shuffled":
                 others = endings[1:] + endings[:1]
-                again = right(thinking, _interfered(name, thinking, exam, plain, number, pause_id), others)
-                carried += [hit for hit, own, other in zip(again, endings, others, strict=True) if own != other]
+                carried += [hit for hit, own, other in zip(same(said, others), endings, others, strict=True) if own != other]
         row = {"control": name, **share(hits)}
-        found.append({**row, "carried": share(carried)["accuracy"], "pairs": len(carried)} if name == "patched" else row)
+        found.append({**row, "carried": share(carried)["accuracy"], "pairs": len(carried)} if name == "shuffled" else row)
     return found
+
+
+def _plain(thoughts: Thoughts) -> Plain:
+    return Plain(thoughts.fed, thoughts.chosen, thoughts.patches, thoughts.steps)
 
 
 def share(hits: Sequence[bool]) -> dict[str, Any]:
@@ -116,47 +157,43 @@ def share(hits: Sequence[bool]) -> dict[str, Any]:
     return {"n": n, "accuracy": round(mean, 4), "stderr": round(math.sqrt(mean * (1 - mean) / max(1, n - 1)), 4)}
 
 
-def _interfered(name: str, thinking: Thinking, exam: Exam, plain: Sequence[Thoughts], number: int, pause_id: int) -> Thoughts:
+def _interfered(name: str, thinking: Thinking, exam: Exam, plain: Sequence[Plain], number: int, pause_id: int) -> Thoughts:
     own = plain[number]
+    steps, looks = own.steps.tolist(), own.chosen.numel() > 0
     if name == "none":
         return thinking.think(exam)
     if name == "no latents":
         return thinking.think(exam, steps=0)
     if name == "pause":
         mode = replace(thinking.reasoner.mode, thought="pause", pause_id=pause_id, patches="none", selects="row")
-        return replace(thinking, reasoner=LatentReasoner(thinking.reasoner.model, mode)).think(exam)
-    if name in ("shuffled", "patched"):
-        order = torch.arange(1, len(exam.lessons) + 1) % len(exam.lessons)
-        edits = Edits(states=lambda step, _: own.fed[order, step], patches=lambda step, _: own.patches[order, step])
-        return thinking.think(exam, chosen=own.chosen[order], edits=edits) if _patches(own) else thinking.think(exam, edits=edits)
+        return replace(thinking, reasoner=LatentReasoner(thinking.reasoner.model, mode)).think(exam, steps=steps)
+    if name == "shuffled":
+        order = torch.arange(1, len(exam.lessons) + 1, device=own.steps.device) % len(exam.lessons)
+        edits = Edits(states=lambda step, _: own.fed[order, step], patches=(lambda step, _: own.patches[order, step]) if looks else None)
+        chosen = {"chosen": own.chosen[order]} if looks else {}
+        return thinking.think(exam, steps=own.steps[order].tolist(), edits=edits, **chosen)
     if name == "random patches":
-        return thinking.think(exam, chosen=_drawn(own, thinking.seed + number)) if _patches(own) else thinking.think(exam)
-    return thinking.think(exam, edits=Edits(states=_drawn_states(name, plain, thinking.seed + number)))
+        return thinking.think(exam, steps=steps, chosen=_drawn(own, exam, thinking.seed + number))
+    return thinking.think(exam, steps=steps, edits=Edits(states=_drawn_states(name, plain, thinking.seed + number)))
 
 
-def _patches(thoughts: Thoughts) -> bool:
-    return thoughts.chosen.numel() > 0
-
-
-def _drawn_states(name: str, plain: Sequence[Thoughts], seed: int) -> Callable[[int, Tensor], Tensor]:
+def _drawn_states(name: str, plain: Sequence[Plain], seed: int) -> Callable[[int, Tensor], Tensor]:
     """The mean of all problems' states at a step, alone or with their spread."""
     dice = torch.Generator().manual_seed(seed)
 
     def made(step: int, own: Tensor) -> Tensor:
-        every = torch.cat([one.fed[:, step] for one in plain if one.fed.shape[1] > step])  # (all B, D)
+        every = torch.cat([one.fed[one.steps > step, step] for one in plain if one.fed.shape[1] > step])  # (all that took it, D)
         spread = every.std(0) if name == "noise" else torch.zeros_like(every[0])
         return every.mean(0) + spread * torch.randn(own.shape, generator=dice).to(own)
 
     return made
 
 
-def _drawn(thoughts: Thoughts, seed: int) -> Tensor:
-    """(B, n, K) patches by lot, none twice in a row, as many as were chosen."""
-    dice, chosen = random.Random(seed), thoughts.chosen
-    patches = thoughts.scores.shape[-1] if thoughts.scores is not None else int(chosen.max()) + 1
-    made = torch.full_like(chosen, -1)
-    for lane in range(len(chosen)):
-        counts = (chosen[lane] >= 0).sum(-1).tolist()
+def _drawn(own: Plain, exam: Exam, seed: int) -> Tensor:
+    """(B, n, K) patches by lot, none twice in a row of the batch, as many as were chosen."""
+    dice, made = random.Random(seed), torch.full_like(own.chosen, -1)
+    for lane, patches in enumerate(exam.given.there.sum(1).tolist()):
+        counts = (own.chosen[lane] >= 0).sum(-1).tolist()
         lot = iter(dice.sample(range(patches), min(patches, sum(counts))) + [-1] * sum(counts))
         for step, count in enumerate(counts):
             made[lane, step, :count] = torch.tensor([next(lot) for _ in range(count)])
@@ -165,15 +202,19 @@ def _drawn(thoughts: Thoughts, seed: int) -> Tensor:
 
 @torch.inference_mode()
 def probes(thinking: Thinking, exams: Sequence[Exam]) -> list[dict[str, Any]]:
-    """Accuracy of a linear probe that names what step j finds from state i, for all i and j; the diagonal is what a chain would show."""
-    states = [thinking.think(exam).states for exam in exams]
-    steps, most = states[0].shape[1], min(len(one.gists) for exam in exams for one in exam.lessons)
+    """Accuracy of a linear probe that names what step j finds from state i, for all i and j of which there are at least 20 problems; the
+    diagonal is what a chain would show.
+    """
+    thoughts = [thinking.think(exam) for exam in exams]
+    gists = [one.gists for exam in exams for one in exam.lessons]
+    taken = torch.cat([one.steps for one in thoughts]).tolist()
     found = []
-    for i in range(steps):
-        inputs = torch.cat([one[:, i] for one in states]).double()  # (N, D)
-        for j in range(most):
-            words = [one.gists[j] for exam in exams for one in exam.lessons]
-            found.append({"state": i + 1, "finding": j + 1, **_probe(inputs, words)})
+    for i in range(min(one.states.shape[1] for one in thoughts)):
+        states = torch.cat([one.states[:, i] for one in thoughts]).double()  # (N, D)
+        for j in range(max(map(len, gists))):
+            rows = [row for row, words in enumerate(gists) if len(words) > j and taken[row] > i]
+            if len(rows) >= LEAST:
+                found.append({"state": i + 1, "finding": j + 1, **_probe(states[rows], [gists[row][j] for row in rows])})
     return found
 
 
@@ -195,12 +236,16 @@ def recall(thinking: Thinking, exams: Sequence[Exam]) -> list[dict[str, Any]]:
     chosen, needed = [], [list(line) for exam in exams for line in exam.needed]
     patches = max(int(exam.given.there.sum(1).max()) for exam in exams)
     for exam in exams:
-        chosen += thinking.think(exam).chosen.tolist()
+        chosen += [[{place for place in step if place >= 0} for step in row] for row in thinking.think(exam).chosen.tolist()]
     found = []
-    for step in range(min(min(map(len, needed), default=0), len(chosen[0]) if chosen else 0)):
-        at = [line[step] in row[step] for row, line in zip(chosen, needed, strict=True)]
-        by = [any(line[step] in one for one in row[: step + 1]) for row, line in zip(chosen, needed, strict=True)]
-        read = sum(len({place for one in row[: step + 1] for place in one if place >= 0}) for row in chosen) / len(chosen)
+    for step in range(max(map(len, needed), default=0)):
+        pairs = [
+            (line[step], row[: step + 1]) for row, line in zip(chosen, needed, strict=True) if len(line) > step < len(row) and row[step]
+        ]
+        if not pairs:
+            break
+        at, by = [want in row[-1] for want, row in pairs], [want in set().union(*row) for want, row in pairs]
+        read = sum(len(set().union(*row)) for _, row in pairs) / len(pairs)
         facts = {"at": share(at)["accuracy"], "by": share(by)["accuracy"], "stderr": share(by)["stderr"]}
         found.append({"step": step + 1, "n": len(at), **facts, "draw": round(read / patches, 4)})
     return found

@@ -94,6 +94,8 @@ class Latent(BaseModel):
     """Of the weights that are saved; ``bfloat16`` rounds them first, in place, so that they are examined as they ship."""
     save_every: int = Field(200, ge=1)
     """Steps between checkpoints of the training."""
+    examined: int = Field(1000, ge=1)
+    """Validation problems on the card, where the task is a generated one."""
     seed: int = 0
     """Of the order of rationales."""
 
