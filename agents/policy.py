@@ -137,6 +137,7 @@ class Stream:
             engine_version=facts.engine_version,
             server=generation.server,
             dtype=facts.extra.get("dtype"),
+            habit=facts.extra.get("habit"),
             model=facts.model,
             tokenizer_hash=self.policy.codec.tokenizer_hash,
             template_hash=self.policy.codec.template_hash,

@@ -128,8 +128,8 @@ class Prompt:
     """Prompts of one growing stream share it, so that servers can keep them together."""
     spoken: Spoken | None = field(default=None, repr=False, compare=False)
     """The same in words; only engines that return text only read it."""
-    chosen: tuple[tuple[int, ...], ...] = ()
-    """Patches that each latent step is to read again, for replay; only engines that think look at it."""
+    chosen: tuple[tuple[int, ...], ...] | None = None
+    """For replay: patches that each latent step is to read again, a tuple a step; only engines that think look at it. None: think anew."""
 
 
 @dataclass(frozen=True, slots=True)

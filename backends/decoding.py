@@ -57,8 +57,8 @@ class Lane:
     """Of the distributions that they were drawn from, in nats."""
     thoughts: tuple[Thought, ...] = ()
     """Latent steps before the first id."""
-    chosen: tuple[tuple[int, ...], ...] = ()
-    """Patches that its latent steps are to take, where they are known."""
+    chosen: tuple[tuple[int, ...], ...] | None = None
+    """Patches that its latent steps are to take, a tuple a step; None: it chooses, and stops, by itself."""
 
     @property
     def cached(self) -> int:

@@ -159,6 +159,7 @@ class HFBackend:
                 "processor_hash": self.processor_hash,
                 "torch": torch.__version__,
                 "vocabulary": self._inputs.vocabulary,
+                **({"habit": self._habit.told()} if self._habit else {}),
             },
         )
 

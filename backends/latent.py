@@ -48,6 +48,16 @@ class Habit:
         """Beside the weights."""
         (Path(folder) / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
+    def told(self) -> str:
+        """For a trace, as JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def heard(cls, text: str) -> Habit:
+        """What ``told`` gave. Raises ValueError, TypeError, KeyError."""
+        facts = json.loads(text)
+        return cls(**{**facts, "mode": Mode(**facts["mode"])})
+
     @classmethod
     def load(cls, folder: str | Path) -> Habit:
         """Raises BackendError for a checkpoint that was never taught to think."""
@@ -55,8 +65,7 @@ class Habit:
         if not file.is_file():
             raise BackendError(f"expected {FILE} in {str(folder)!r}: it was not taught to think; see 'monologue train latent'")
         try:
-            facts = json.loads(file.read_text())
-            return cls(**{**facts, "mode": Mode(**facts["mode"])})
+            return cls.heard(file.read_text())
         except (ValueError, TypeError, KeyError) as error:
             raise BackendError(f"{str(file)!r} does not say how to think: {error}") from error
 
@@ -80,6 +89,7 @@ class Thinker:
         if habit.mode.patches == "random":
             raise BackendError("a policy with random patches is a control and cannot be replayed; seat one that chooses")
         self._banned, self._habit, self._tokenizer = tuple(banned), habit, tokenizer
+        self._silent = self._banned if habit.think is None else (*self._banned, habit.think)
         self._reasoner = LatentReasoner(model, habit.mode)
         self._model = model
 
@@ -111,23 +121,25 @@ class Thinker:
         logits = self._reasoner.read(thoughts, ids, valid)  # (B, T, V)
         found = []
         for lane, row, line, count in zip(lanes, logits, ids, counts, strict=True):
-            log_probs = log_distribution(row[:count], [lane.sampling], self._banned)
+            log_probs = log_distribution(row[:count], [lane.sampling], self._silent)
             found.append(tuple(log_probs.gather(-1, line[:count, None]).squeeze(-1).tolist()))
         return found
 
     def _think(self, lanes: list[Lane], ids: Sequence[tuple[int, ...]] | None = None) -> Thoughts:
         starts = [lane.ids for lane in lanes] if ids is None else ids
         asked = [Asked(start, lane.pixels, lane.grids, lane.positions[:, : len(start)]) for lane, start in zip(lanes, starts, strict=True)]
-        given, halt = prompts(self._model, asked), self._habit.halt(self._reasoner)
-        return self._reasoner.think(given, self._habit.steps, halt=halt, chosen=self._forced(lanes))
+        given, known = prompts(self._model, asked), [lane.chosen for lane in lanes if lane.chosen is not None]
+        if len(known) < len(lanes):
+            return self._reasoner.think(given, self._habit.steps, halt=self._habit.halt(self._reasoner, self._banned))
+        return self._reasoner.think(given, [len(one) for one in known], chosen=self._forced(known))
 
-    def _forced(self, lanes: list[Lane]) -> Tensor | None:
-        """(B, n, K) patches as they were chosen, where all lanes say so: a near-tie may fall otherwise in another batch."""
-        if not all(lane.chosen for lane in lanes):
+    def _forced(self, known: Sequence[tuple[tuple[int, ...], ...]]) -> Tensor | None:
+        """(B, n, K) patches as they were chosen: a near-tie may fall otherwise in another batch. None where there are none to choose."""
+        if self._habit.mode.patches == "none":
             return None
-        k, most = self._habit.mode.k, self._habit.steps
-        lines = [[[*step, *[-1] * k][:k] for step in (*lane.chosen, *[()] * most)][:most] for lane in lanes]
-        return torch.tensor(lines, device=self._model.device)
+        k, most = self._habit.mode.k, max(map(len, known))
+        lines = [[[*step, *[-1] * k][:k] for step in (*one, *[()] * most)][:most] for one in known]
+        return torch.tensor(lines, device=self._model.device).view(len(known), most, k)
 
     def _told(self, thoughts: Thoughts) -> list[tuple[Thought, ...]]:
         """Each lane's latent steps as plain values."""
@@ -148,7 +160,7 @@ class Thinker:
 
     def _sample(self, lanes: list[Lane], logits: Tensor, going: Tensor) -> None:
         samplings = [lane.sampling for lane in lanes]
-        log_probs = log_distribution(logits, samplings, self._banned)  # (B, V)
+        log_probs = log_distribution(logits, samplings, self._silent)  # (B, V)
         tokens = draw(log_probs, samplings, [lane.dice.random() for lane in lanes])
         values = log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist()
         entropies = torch.special.entr(log_probs.exp()).sum(-1).tolist()

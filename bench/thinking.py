@@ -13,7 +13,7 @@ Three hops and a colour, test problems. One model, one reply, from pixels to the
 and as users play them, every step recorded, 64 episodes at once: graph ``latent`` with the shipped thinker and graph ``monologue`` with the
 shipped speaker in both seats.
 
-Accuracy (of the answer) stands beside the seconds: ``direct`` is quick and wrong. A ratio is of times within a repeat; median, least, most.
+Accuracy of the answer stands beside the seconds: ``direct`` is quick and wrong. A ratio is of times within a repeat; median, least, most.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def alone(folder: Path, problems: Sequence[Problem], steps: int, replies: bool) 
     @torch.inference_mode()
     def batch(some: Sequence[Lesson]) -> list[bool]:
         exam = causal.Exam(prompts(checkpoint.model, [one.asked for one in some]), some)
-        return causal.right(thinking, thinking.think(exam), [one.left(0) for one in some])
+        before = len(some[0].left(0)) - len(some[0].ending)  # all say equally many words
+        words = causal.spoken(thinking, thinking.think(exam), len(some[0].left(0)))
+        return causal.same(words[:, before:], [one.ending for one in some])
 
     def run() -> float:
         hits = [hit for first in range(0, len(lessons), BATCH) for hit in batch(lessons[first : first + BATCH])]

@@ -59,7 +59,7 @@ def build(percent: int = 50) -> Any:
     return graph.compile(name="latent")
 
 
-def oracle(problem: Problem) -> Mapping[str, tuple[Action, ...]]:
+def oracle(problem: Problem, percent: int = 50) -> Mapping[str, tuple[Action, ...]]:
     """Gold at once; the others say their part of the monologue where they are asked."""
     if problem.gold is None:
         raise GraphError(f"problem {problem.id!r} has no gold answer for the oracle to give")

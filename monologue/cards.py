@@ -16,7 +16,7 @@ from monologue.interference import exams_of
 from monologue.tasks.base import Task
 from monologue.training import causal
 from monologue.training.latent import Latent
-from monologue.training.starter.make import write_card
+from monologue.training.starter.make import world_hash, write_card
 
 
 def validated(checkpoint: Checkpoint, folder: Path, task: Task, count: int) -> dict[str, float]:
@@ -35,12 +35,13 @@ def validated(checkpoint: Checkpoint, folder: Path, task: Task, count: int) -> d
 
 
 def write_thinker_card(
-    options: argparse.Namespace, recipe: Latent, checkpoint: Checkpoint, out: Path, scores: dict[str, float]
+    options: argparse.Namespace, recipe: Latent, checkpoint: Checkpoint, out: Path, task: Task, scores: dict[str, float]
 ) -> dict[str, Any]:
     """Of a training by the command line."""
     stages = [
         {"name": f"{stage} latent", "steps": steps, "batch": recipe.batch, "lr": recipe.lr} for stage, steps in enumerate(recipe.steps)
     ]
-    start = f" --start {options.start}" if options.start else ""
-    facts = {"policy": "thinker", "command": f"monologue train latent {options.recipe}{start}", "seed": recipe.seed, "stage": stages}
+    changed = "".join(f" --set '{setting}'" for setting in options.set) + (f" --start {options.start}" if options.start else "")
+    facts = {"policy": "thinker", "command": f"monologue train latent {options.recipe}{changed}", "seed": recipe.seed, "stage": stages}
+    facts["world"] = world_hash(task)
     return write_card(out, facts, checkpoint.model, scores, time.process_time())

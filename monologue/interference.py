@@ -6,6 +6,7 @@ For any checkpoint with ``latent.json`` and any task with gold answers. Exact ma
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,14 +35,15 @@ def evaluate_latent(options: argparse.Namespace, task: Task) -> int:
     check_writable(options.json)
     source = portable(starter("thinker") if options.thinker == "starter" else options.thinker)
     habit = Habit.load(place(source))
+    fitting = causal.fitting(habit.mode)
+    names = fitting if options.controls in (None, "all") else tuple(name.strip() for name in options.controls.split(","))
+    if unknown := [name for name in names if name not in fitting]:
+        raise UsageError(f"unknown controls {unknown!r} for this thinker; choose from {', '.join(fitting)}")
     checkpoint = open_checkpoint(source, device="cpu", dtype=torch.float32)
     inputs = Inputs(checkpoint)
     problems = list(task.problems(options.split or "test", options.n or 1000, 0))
     exams = exams_of(checkpoint, inputs, problems)
     thinking = causal.Thinking(LatentReasoner(checkpoint.model, habit.mode), habit, inputs.banned, options.seed)
-    names = causal.CONTROLS if options.controls in (None, "all") else tuple(name.strip() for name in options.controls.split(","))
-    if unknown := [name for name in names if name not in causal.CONTROLS]:
-        raise UsageError(f"unknown controls {unknown!r}; choose from {', '.join(causal.CONTROLS)}")
     rows = causal.controls(thinking, exams, names if options.controls else ("none",))
     chance = sum(1 / max(1, len(problem.choices)) for problem in problems) / len(problems)
     show(rows, chance)
@@ -65,8 +67,9 @@ def exams_of(checkpoint: Any, inputs: Any, problems: Sequence[Problem]) -> list[
     from monologue.voices import voice_of
 
     voice, found = voice_of(checkpoint, inputs), []
-    for first in range(0, len(problems), BATCH):
-        some = problems[first : first + BATCH]
+    batches = math.ceil(len(problems) / BATCH)  # of even size, so that none is left alone: controls exchange thoughts within a batch
+    for number in range(batches):
+        some = problems[len(problems) * number // batches : len(problems) * (number + 1) // batches]
         lessons = [lesson(of_problem(one) if one.oracle or one.extra.get("steps") else bare(one), voice, inputs) for one in some]
         with torch.inference_mode():
             given = prompts(checkpoint.model, [one.asked for one in lessons])

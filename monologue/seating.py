@@ -86,6 +86,8 @@ def _seated(graph: str, options: argparse.Namespace, loaded: dict[str, Policy]) 
     taken: dict[str, Seat] = {}
     for role in find(graph).roles:
         wanted = getattr(options, role)
+        if role == "thinker" and (options.backend == "sglang" or wanted.startswith(("chat:", "http://", "https://"))):
+            raise UsageError(f"latent steps are taken in this process: --thinker is a folder that 'train latent' wrote, got {wanted!r}")
         if wanted.startswith("chat:"):
             taken[role] = _hosted(wanted, role, sampling)
             continue

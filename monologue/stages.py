@@ -16,6 +16,10 @@ def train(options: argparse.Namespace) -> int:
         raise UsageError(
             f"--retokenize puts words into ids that were never sampled: only 'imitate' learns from those, got {options.stage!r}"
         )
+    if options.only and options.stage != "starter":
+        raise UsageError(f"--only chooses stages of a starter policy's recipe, got it with {options.stage!r}")
+    if options.resume and options.stage not in ("reinforce", "latent"):
+        raise UsageError(f"--resume goes on with 'reinforce' and 'latent', got it with {options.stage!r}")
     stages = {"starter": train_starter, "imitate": train_imitate, "reinforce": train_reinforce, "latent": train_latent}
     return stages[options.stage](options)
 
@@ -107,11 +111,14 @@ def train_latent(options: argparse.Namespace) -> int:
     from monologue.cards import validated, write_thinker_card
     from monologue.commands import TASKS, named_task
     from monologue.seating import starter
+    from monologue.tasks.corpora import CORPORA
     from monologue.training.latent import Latent, internalise
-    from monologue.training.recipe import override, read_recipe
+    from monologue.training.recipe import RecipeError, override, read_recipe
     from monologue.voices import lessons_of
 
     recipe = Latent.read(override(read_recipe(options.recipe), options.set, Latent.model_fields))
+    if recipe.task and recipe.task not in (*TASKS, *CORPORA):
+        raise RecipeError(f"unknown task {recipe.task!r}; choose from {', '.join(sorted((*TASKS, *CORPORA)))}")
     if options.dry_run:
         print(recipe.model_dump_json(indent=1))
         return 0
@@ -123,8 +130,10 @@ def train_latent(options: argparse.Namespace) -> int:
     ends = [line for line in lines if line["at"] == recipe.steps[int(line["stage"].split()[0])]]
     table(["stage", "steps", "loss of words"], [[line["stage"], str(line["at"]), f"{line['words']:.4f}"] for line in ends])
     if recipe.task in TASKS:
-        scores = validated(checkpoint, out, named_task(recipe.task, recipe.families or None), recipe.examined)
-        write_thinker_card(options, recipe, checkpoint, out, scores)
+        task = named_task(recipe.task, recipe.families or None)
+        scores = validated(checkpoint, out, task, recipe.examined)
+        write_thinker_card(options, recipe, checkpoint, out, task, scores)
         table(["validation problems", "answered right"], [[name, f"{value:.4f}"] for name, value in scores.items()])
-    print(f"play:  monologue play --graph latent --thinker {out}")
+    seated = recipe.as_mode().patches != "random"
+    print(f"play:  monologue play --graph latent --thinker {out}" if seated else "patches by lot are a control: it takes no seat")
     return 0

@@ -6,6 +6,7 @@ as they would stand in a policy's mouth.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -62,7 +63,10 @@ def lessons_of(recipe: Latent, checkpoint: Checkpoint, named: Callable[[str, str
 def rationales_of(recipe: Latent, named: Callable[[str, str | None], Task]) -> Callable[[int], Rationale]:
     """The i-th rationale of a training, from the recipe's run, task or corpus. Raises RecipeError, RunError, TaskError."""
     if recipe.run:
-        found = list(of_run(RunReader(recipe.run)))
+        skipped = Counter[str]()
+        found = list(of_run(RunReader(recipe.run), skipped))
+        told = ", ".join(f"{count} x {cause}" for cause, count in skipped.items())
+        print(f"{len(found)} dialogues of {recipe.run}" + (f"; left out: {told}" if told else ""))
     elif recipe.task in CORPORA:
         problems = Corpus(recipe.task, Path(recipe.folder or "."), decode).problems("train")
         found = [of_problem(problem) for problem in problems if problem.extra["steps"]]

@@ -30,7 +30,7 @@ from monologue.training.starter.models import build_image_processor, build_speak
 from monologue.voices import lessons_of, voice_of
 
 TASK = Hops()
-FAST: dict[str, Any] = {"task": "hops", "settings": {"k": 2}, "steps": [3, 3, 3], "batch": 4, "lr": 1e-3, "save_every": 4}
+FAST: dict[str, Any] = {"task": "hops", "settings": {"k": 2}, "steps": [3, 3, 3], "batch": 4, "lr": 1e-3, "save_every": 4, "partial": True}
 
 
 @pytest.fixture(scope="module")
@@ -207,11 +207,31 @@ def test_every_rationale_comes_once_before_any_comes_again() -> None:
         ({"settings": {"order": "sideways"}}, "sideways"),
         ({"settings": {"kk": 2}}, "kk"),
         ({"steps": []}, "steps"),
+        ({"task": "m3cot", "words": "replies"}, "neither replies"),
+        ({"folder": "somewhere"}, "where the files"),
+        ({"task": "", "run": "runs/x", "families": "hop1"}, "families"),
+        ({"anchor": 1.0, "steps": [5]}, "of which there are none"),
     ],
 )
 def test_a_recipe_that_contradicts_itself_is_refused(change: dict[str, Any], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         Latent.read({**FAST, **change})
+
+
+def test_a_rationale_longer_than_the_latent_steps_is_refused(speaker: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="give 6 entries"):
+        trained(Latent.read({**FAST, "partial": False, "batch": 8, "families": "hop4"}), speaker, tmp_path)
+
+
+def test_a_folder_belongs_to_one_training(speaker: Path, tmp_path: Path) -> None:
+    recipe = {**FAST, "steps": [1, 1]}
+    with pytest.raises(RecipeError, match="leave --resume out"):
+        trained(Latent.read(recipe), speaker, tmp_path, resume=True)
+    trained(Latent.read(recipe), speaker, tmp_path)
+    with pytest.raises(RecipeError, match="another --out"):
+        trained(Latent.read(recipe), speaker, tmp_path)
+    with pytest.raises(RecipeError, match="'lr'"):
+        trained(Latent.read({**recipe, "lr": 1e-2}), speaker, tmp_path, resume=True)
 
 
 def test_a_word_that_is_not_one_token_cannot_mean_go_on(speaker: Path, tmp_path: Path) -> None:
@@ -230,7 +250,7 @@ def test_a_logged_dialogue_is_the_same_rationale_as_its_oracles_program(speaker:
         assert (found.question, found.choices, found.steps, found.answer) == (wanted.question, wanted.choices, wanted.steps, wanted.answer)
         assert found.pictures[0]().tobytes() == wanted.pictures[0]().tobytes()
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text(f'run = "{run}"\nsettings = {{ k = 2 }}\nsteps = [2, 2]\nbatch = 2\nlr = 1e-3\n')
+    recipe.write_text(f'run = "{run}"\nsettings = {{ k = 2 }}\nsteps = [2, 2]\nbatch = 2\nlr = 1e-3\npartial = true\n')
     assert main(["train", "latent", str(recipe), "--start", str(speaker), "--out", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "latent.json").read_text())["steps"] == 1
 
@@ -240,7 +260,8 @@ def test_what_ships_is_rounded_examined_as_it_ships_and_has_a_card(
 ) -> None:
     recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
     recipe.write_text(
-        'task = "hops"\nwords = "replies"\ndtype = "bfloat16"\nexamined = 8\nsteps = [2, 2]\nbatch = 2\nlr = 1e-3\nsettings = { k = 2 }\n'
+        'task = "hops"\nwords = "replies"\ndtype = "bfloat16"\nexamined = 8\npartial = true\n'
+        'steps = [2, 2]\nbatch = 2\nlr = 1e-3\nsettings = { k = 2 }\n'
     )
     assert main(["train", "latent", str(recipe), "--start", str(speaker), "--out", str(out)]) == 0
     card = json.loads((out / "card.json").read_text())

@@ -73,6 +73,8 @@ SAMPLED_ENTROPIES = "monologue.sampled_entropies"
 """Entropy of the distribution behind each sampled id, nats, packed like the log-probs; where an engine gives it."""
 ATTENTION = "monologue.attention"
 """JSON list, a picture of the call each: packed floats, one weight a placeholder, how much the turn attended to that patch."""
+HABIT = "monologue.habit"
+"""JSON: how the policy was taught to think, where it takes latent steps before it speaks (``backends.latent``)."""
 LATENT_STEP = "monologue.latent_step"
 """Event, one a latent step: ``step`` from 0; ``chosen``, JSON list of patches that it read again, counted among the visual tokens of the
 call's pictures; ``norm`` of its state; ``words`` and ``chances``, JSON lists: what the state was nearest to saying."""

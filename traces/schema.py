@@ -263,8 +263,10 @@ class PolicyCall:
     """Prompt and reply in the tokens that a hosted model counts and bills; None elsewhere."""
     sampled_entropies: tuple[float, ...] | None = None
     """Nats, of the distribution behind each sampled id; None where the engine does not say."""
+    habit: str | None = None
+    """How it thinks, as JSON; None of policies that do not take latent steps."""
     chosen: tuple[tuple[int, ...], ...] = ()
-    """Patches that each latent step read again; empty where there was none."""
+    """Patches that each latent step read again, a tuple a step; empty where there was none."""
 
 
 def attributes_of(call: Mapping[str, Any]) -> dict[str, Attribute]:
@@ -301,6 +303,7 @@ def attributes_of(call: Mapping[str, Any]) -> dict[str, Attribute]:
         names.ENGINE: call["engine"],
         names.ENGINE_VERSION: call["engine_version"],
         names.DTYPE: call.get("dtype"),
+        names.HABIT: call.get("habit"),
         **_address(call.get("server")),
         names.TOKENIZER: call["tokenizer_hash"],
         names.TEMPLATE: call["template_hash"],
@@ -393,6 +396,7 @@ def _call(span: SpanRecord, streams: Mapping[str, tuple[int, ...]]) -> PolicyCal
         weights=tuple((version, first, end) for version, first, end in json.loads(a.get(names.WEIGHTS_BY_TOKEN, "[]"))),
         server=f"{a[names.SERVER]}:{a[names.PORT]}" if names.SERVER in a else None,
         dtype=a.get(names.DTYPE),
+        habit=a.get(names.HABIT),
         reported=None if names.REPORTED not in a else tuple(json.loads(a[names.REPORTED])),
         sampled_entropies=unpack_floats(a[names.SAMPLED_ENTROPIES]) if names.SAMPLED_ENTROPIES in a else None,
         chosen=tuple(tuple(json.loads(str(one.attributes["chosen"]))) for one in span.events if one.name == names.LATENT_STEP),

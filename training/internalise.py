@@ -105,7 +105,7 @@ class Objective:
     """Ids that are never said."""
 
     def latents(self, lessons: Sequence[Lesson], stage: int) -> list[int]:
-        """Latent steps of each row in a stage."""
+        """Latent steps of each row in a stage: a learned stop takes one for each step of the rationale, a fixed number is what it is."""
         return [stage if self.think is None else min(stage, len(one.steps)) for one in lessons]
 
 
@@ -131,8 +131,9 @@ def internalisation(
     """Losses of a batch at a stage; ``seed`` is for modes that draw patches."""
     counts = objective.latents(lessons, stage)
     seeds = [seed * 100_003 + lane for lane in range(len(lessons))] if reasoner.mode.patches == "random" else None
-    thoughts = reasoner.think(given, counts, seeds=seeds, chosen=forced(lessons, stage))
-    ids, valid = left(lessons, counts)
+    chosen = forced(lessons, stage)
+    thoughts = reasoner.think(given, counts, seeds=seeds, chosen=None if chosen is None else chosen.to(given.embeds.device))
+    ids, valid = (one.to(given.embeds.device) for one in left(lessons, counts))
     logits = _without(reasoner.read(thoughts, ids, valid), objective.banned)  # (B, T, V)
     words = F.cross_entropy(logits.flatten(0, 1), ids.masked_fill(~valid, IGNORED).flatten(), ignore_index=IGNORED)
     anchor = _anchored(reasoner, thoughts, lessons, counts, objective) if objective.anchor and stage else None

@@ -31,6 +31,7 @@ from monologue.backends.latent import Habit
 from monologue.backends.perception.ivtlr import LatentReasoner
 from monologue.backends.perception.modes import MODES, Mode
 from monologue.backends.perception.prompts import Prompts, prompts
+from monologue.tasks.corpora import CORPORA
 from monologue.training.internalise import Lesson, Objective, internalisation
 from monologue.training.loop import StreamTrainer, arguments
 from monologue.training.muon import MuonAdamW
@@ -39,7 +40,7 @@ from monologue.training.reinforce import latest
 from monologue.training.starter.fit import round_weights
 
 STATE = "trainer"
-CURVE = "curve.jsonl"
+CURVE, RECIPE = "curve.jsonl", "recipe.json"
 Embed = Callable[[Any, Sequence[Lesson]], Prompts]
 
 
@@ -90,6 +91,8 @@ class Latent(BaseModel):
     """Share of the learning rate at a stage's end."""
     frozen: list[str] = ["visual", "vision_tower"]
     """Parameters with one of these in their name are not trained."""
+    partial: bool = False
+    """Rationales may have more steps than there are latent ones; the rest is then said before the answer. Else they are refused."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights that are saved; ``bfloat16`` rounds them first, in place, so that they are examined as they ship."""
     save_every: int = Field(200, ge=1)
@@ -109,6 +112,14 @@ class Latent(BaseModel):
             raise RecipeError(f"stop='learned' needs a word 'think' to go on with, and only then, got {found.stop!r} with {found.think!r}")
         if min(found.steps) < 0 or not found.steps[-1]:
             raise RecipeError(f"expected steps of each stage, the last at least 1 and none below 0, got {found.steps!r}")
+        if found.task in CORPORA and (found.words == "replies" or found.families):
+            raise RecipeError(f"a corpus has neither replies nor families: leave words={found.words!r} and families={found.families!r} out")
+        if found.folder and found.task not in CORPORA:
+            raise RecipeError(f"'folder' is where the files of {' or '.join(CORPORA)} lie, got {found.folder!r} with task={found.task!r}")
+        if found.families and found.run:
+            raise RecipeError(f"a run has the families that were played: leave families={found.families!r} out")
+        if (found.anchor or found.think) and (not found.latents or found.as_mode().thought == "none"):
+            raise RecipeError(f"anchor={found.anchor} and think={found.think!r} are read from latent states, of which there are none here")
         found.as_mode()
         return found
 
@@ -180,8 +191,24 @@ def internalise(
     ``embed`` stands in for ``prompts`` where pictures were looked at before. ``after(stage, model)`` examines the model at the end of each
     stage. ``more`` are further ``TrainingArguments``. Raises RecipeError, RunError, BackendError, PictureError, RequestRefused.
     """
+    claim(recipe, Path(out), resume)
     training = _Training(recipe, checkpoint, lessons, Path(out), embed, after)
     return training.run(latest(Path(out) / STATE) if resume else None, more)
+
+
+def claim(recipe: Latent, out: Path, resume: bool) -> None:
+    """Writes down whose folder this is. Raises RecipeError where it is another training's, or where there is none to go on with."""
+    settled, file = recipe.model_dump(mode="json"), out / RECIPE
+    if resume and not file.is_file():
+        raise RecipeError(f"expected a training in {str(out)!r} to go on with, found none; leave --resume out")
+    if file.is_file():
+        there = json.loads(file.read_text())
+        if not resume:
+            raise RecipeError(f"{str(out)!r} holds a training already; --resume goes on with it, or name another --out")
+        if other := {key: (there.get(key), value) for key, value in settled.items() if there.get(key) != value}:
+            raise RecipeError(f"the training in {str(out)!r} has another recipe: {other!r} (there, here)")
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settled, indent=1) + "\n")
 
 
 class _Training:
@@ -236,6 +263,12 @@ class _Training:
 
     def loss(self, model: Any, micro: tuple[int, list[Lesson]]) -> Tensor:
         step, lessons = micro
+        most = max(len(one.steps) for one in lessons)
+        if 0 < self.recipe.latents < most and not self.recipe.partial:
+            raise RecipeError(
+                f"a rationale has {most} steps, but 'steps' = {self.recipe.steps!r} ends with {self.recipe.latents} latent ones: "
+                f"give {most + 1} entries, or partial = true to have the rest said"
+            )
         given = self.embed(self.checkpoint.model, lessons)
         seed = self.recipe.seed * 1_000_003 + step
         lost = internalisation(self.reasoner, given, lessons, self.recipe.stage(step)[0], self.objective, seed)

@@ -64,7 +64,7 @@ def of_problem(problem: Problem) -> Rationale:
     if problem.oracle is not None:
         steps = tuple(turn_step(turn.question, turn.reply) for turn in problem.oracle)
     elif problem.extra.get("steps"):
-        steps = tuple(Step(text, text) for text in problem.extra["steps"])
+        steps = tuple(Step(text, text) for text in problem.extra["steps"] if text.strip())
     else:
         raise RationaleError(f"problem {problem.id!r} has neither an oracle monologue nor a rationale")
     return Rationale(problem.id, problem.question, problem.choices, problem.pictures, steps, problem.choices[problem.gold])
@@ -102,15 +102,16 @@ def _of_episode(episode: Episode, run: RunReader, solved: bool) -> Rationale | s
         return "wrong answer"
     steps: list[Step] = []
     shown: list[str] = []
-    asked = ""
+    asked, enlarged = "", False
     for call in episode.calls():
         action = json.loads(call.action) if call.action else {}
         if action.get("kind") == "look":
-            asked = action["question"]
+            asked, enlarged = action["question"], bool(action.get("region"))
         elif action.get("kind") == "reply" and asked:
             steps.append(turn_step(asked, action["text"]))
             asked = ""
-        shown = [image.sha256 for image in call.images] or shown
+        if not shown:  # the problem's own pictures: those of the first call that sees, without the parts that it saw enlarged
+            shown = [image.sha256 for image in call.images][: len(call.images) // (2 if enlarged else 1)]
     if not steps:
         return "no look-up"
     pictures = tuple(_stored(run, sha256) for sha256 in shown)

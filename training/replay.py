@@ -31,8 +31,8 @@ from typing import Any
 from PIL import ImageOps
 from PIL.Image import Image, Transpose
 
-from monologue.backends.base import LATENT, Backend, BackendError, Picture, Prompt, Sampling
-from monologue.backends.places import UNKNOWN, place
+from monologue.backends.base import Backend, BackendError, Picture, Prompt, Sampling
+from monologue.backends.places import UNKNOWN
 from monologue.traces.images import PictureError
 from monologue.traces.schema import PolicyCall
 from monologue.traces.store import RunReader
@@ -63,10 +63,10 @@ class Weights:
         self._engines: dict[str, Backend] = {}
 
     def __call__(self, call: PolicyCall) -> Backend:
-        source, thinks = self.source(call), call.engine == LATENT
-        name = f"{source} thinking" if thinks else source
+        source = self.source(call)
+        name = f"{source} {call.habit}" if call.habit else source
         if name not in self._engines:
-            self._engines[name] = _engine(source, self._options, thinks)
+            self._engines[name] = _engine(source, self._options, call.habit)
         return self._engines[name]
 
     def source(self, call: PolicyCall) -> str:
@@ -87,7 +87,7 @@ class Weights:
             await engine.aclose()
 
 
-def _engine(source: str, options: Mapping[str, Any], thinks: bool) -> Backend:
+def _engine(source: str, options: Mapping[str, Any], habit: str | None) -> Backend:
     try:
         from monologue.backends.hf import HFBackend
         from monologue.backends.latent import Habit
@@ -95,7 +95,7 @@ def _engine(source: str, options: Mapping[str, Any], thinks: bool) -> Backend:
         if error.name not in ("torch", "transformers", "tokenizers", "safetensors"):
             raise
         raise BackendError(f"replay needs {error.name}; pip install 'monologue[train]', or verify with --no-replay") from error
-    return HFBackend(source, **options, habit=Habit.load(place(source)) if thinks else None)
+    return HFBackend(source, **options, habit=Habit.heard(habit) if habit else None)
 
 
 @dataclass
@@ -272,7 +272,7 @@ async def _recompute(
     engine: Backend, call: PolicyCall, pictures: tuple[Picture, ...], tolerance: float, part: slice
 ) -> tuple[tuple[float, ...], bool]:
     """Log-probs by the engine, and whether those of ``part`` agree only with top_p moved by a hair."""
-    prompt, sampling = Prompt(call.prompt_ids, pictures, chosen=call.chosen), _sampling(call)
+    prompt, sampling = Prompt(call.prompt_ids, pictures, chosen=call.chosen if call.habit else None), _sampling(call)
     new = await engine.score(prompt, call.sampled_ids, sampling)
     old = call.sampled_logprobs or ()
     if sampling.top_p >= 1 or not sampling.temperature or len(old) != len(new) or max(_gaps(old[part], new[part])) <= tolerance:

@@ -161,7 +161,7 @@ def write_card(out: Path, recipe: dict[str, Any], model: nn.Module, scores: dict
         "parameters": sum(p.numel() for p in model.parameters()),
         "cpu_seconds": round(seconds),
         "torch": torch.__version__.split("+")[0],
-        "world_sha256": world_hash(Hops() if recipe["policy"] in ("speaker", "thinker") else Shapes()),
+        "world_sha256": recipe.get("world") or world_hash(Hops() if recipe["policy"] == "speaker" else Shapes()),
         "weights_sha256": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
         "validation": scores,
     }
