@@ -1,5 +1,6 @@
 # make demo   install into .venv and watch an inner monologue        make test   install and run the tests
 # make check  ruff, format, mypy --strict, tests                     make links  what type checkers read
+# make demo-latent  the same, thought instead of said
 # make test-page  the page in real headless Chromium               make page   its screenshots and its benchmark
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 # make test-real  the tests against real SGLang, Chromium, Phoenix ...
-.PHONY: demo test test-real test-sglang test-phoenix test-trainers test-page page check links figures clean
+.PHONY: demo demo-latent test test-real test-sglang test-phoenix test-trainers test-page page check links figures clean
 
 .venv/installed: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv .venv
@@ -23,6 +24,9 @@ export TOKENIZERS_PARALLELISM ?= false
 
 demo: .venv/installed
 	$(BIN)/monologue play --task shapes --graph monologue --families near,kin,twins --n 3 --live --out runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+demo-latent: .venv/installed
+	$(BIN)/monologue play --task hops --graph latent:percent=0 --families hop2,hop3,hop4 --n 3 --live --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: .venv/dev
 	$(BIN)/python -m pytest -q

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from monologue.traces.images import decode
 from monologue.traces.schema import Annotation, EpisodeEnd, EpisodeStart, Record, SpanRecord
-from monologue.traces.terminal import half_blocks, head, pictures_of, turn, verdict
+from monologue.traces.terminal import half_blocks, head, pictures_of, thoughts, turn, verdict
 
 
 class Live:
@@ -34,6 +34,7 @@ class Live:
                     self._shown.add(sha256)
                     file = self.run / "images" / f"{sha256}.png"
                     self.console.print(half_blocks(decode(file.read_bytes(), file.name)), end="")
+            thoughts(record, self.console)
             turn(dict(record.attributes), record.kind, self.console)
         elif isinstance(record, Annotation):
             self._notes.append(record)

@@ -2,15 +2,20 @@
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
+from monologue.backends.base import Thought
 from monologue.traces import names
+from monologue.traces.recorder import Recorder
 from monologue.traces.schema import Annotation, EpisodeEnd, EpisodeStart
-from monologue.traces.terminal import half_blocks, head, turn, verdict
+from monologue.traces.store import RunReader, RunWriter
+from monologue.traces.terminal import half_blocks, head, replay, turn, verdict
+from tests import page_runs
 
 HOSTILE = ["\x1b[2J\x1b[31mgone", "ring\x07", "over\rwritten", "[red]markup[/red]", "\u202eevil", "[link=file:///etc/passwd]x[/link]"]
 
@@ -69,3 +74,19 @@ def test_an_episode_without_an_end_and_a_reward_of_zero_are_told_apart_from_noth
     facts = {"episode_id": "e" * 32, "span_id": None, "text": None, "weight": 1.0, "role": None, "created_ns": 1}
     note = Annotation.model_validate({**facts, "name": "exact_match", "value": 0.0, "scope": "episode", "source": "task:t"})
     assert "exact_match = 0.0" in shown(verdict, start(), end(answer="red"), [note])
+
+
+def test_latent_steps_are_told_line_by_line_before_the_reply(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run")
+    with page_runs.begun(Recorder(writer)) as episode:
+        with episode.policy(role="thinker", node="think") as call:
+            thought = Thought((2, 7), 1.0, ("red", "[bold]"), (0.75, 0.25))
+            call.record(**page_runs.facts("red", action='{"kind": "reply", "text": "red"}', thoughts=(thought, Thought((), 1.0, (), ()))))
+        episode.finish("red")
+    writer.close()
+    (shown,) = RunReader(tmp_path / "run").episodes()
+    console = Console(file=io.StringIO(), width=100)
+    replay(RunReader(tmp_path / "run"), shown, console)
+    lines = [line.strip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    first = lines.index("thought  near red 0.75, [bold] 0.25; reads 3, 8 again")
+    assert lines[first + 1] == "thought  near words that were not recorded" and lines[first + 2].startswith("thinker  red")

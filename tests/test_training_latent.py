@@ -261,7 +261,7 @@ def test_what_ships_is_rounded_examined_as_it_ships_and_has_a_card(
     recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
     recipe.write_text(
         'task = "hops"\nwords = "replies"\ndtype = "bfloat16"\nexamined = 8\npartial = true\n'
-        'steps = [2, 2]\nbatch = 2\nlr = 1e-3\nsettings = { k = 2 }\n'
+        "steps = [2, 2]\nbatch = 2\nlr = 1e-3\nsettings = { k = 2 }\n"
     )
     assert main(["train", "latent", str(recipe), "--start", str(speaker), "--out", str(out)]) == 0
     card = json.loads((out / "card.json").read_text())

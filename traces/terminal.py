@@ -51,6 +51,17 @@ def head(start: EpisodeStart, console: Console) -> None:
         console.print("   " + " | ".join(plain(choice) for choice in start.choices))
 
 
+def thoughts(span: SpanRecord, console: Console) -> None:
+    """Latent steps before a reply, one line each: what the state was nearest to saying, and the patches read again, counted from 1."""
+    for event in span.events:
+        if event.name == names.LATENT_STEP:
+            words, chances = json.loads(str(event.attributes.get("words", "[]"))), json.loads(str(event.attributes["chances"]))
+            near = ", ".join(f"{plain(word.strip())} {chance:.2f}" for word, chance in zip(words[:2], chances, strict=False))
+            patches = ", ".join(str(patch + 1) for patch in json.loads(str(event.attributes["chosen"])))
+            told = f"near {near or 'words that were not recorded'}" + (f"; reads {patches} again" if patches else "")
+            console.print(f"  [dim]{'thought':>10}  {told}[/dim]")
+
+
 def turn(attributes: dict[str, Any], kind: str, console: Console) -> None:
     """One step as one line: who, what, how many tokens, how sure."""
     if kind == "tool":
@@ -120,5 +131,6 @@ def replay(reader: RunReader, episode: Episode, console: Console | None = None) 
             console.print(f"[red]{plain(str(error))}[/red]")
     head(episode.start, console)
     for span in episode.spans:
+        thoughts(span, console)
         turn(dict(span.attributes), span.kind, console)
     verdict(episode.start, episode.end, episode.annotations, console)
