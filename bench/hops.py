@@ -65,7 +65,7 @@ SEEDS = {"validation": 0, "test": 1}
 """Of the problems on which everyone is examined; of training the seed's own."""
 POOL, EXAMINED = 12288, 128
 """Training pictures; problems of a batch under examination."""
-EXPLICIT, STAGE, BATCH, LR = 400, 250, 32, 3e-3
+EXPLICIT, STAGE, BATCH, LR = 400, 250, 32, 2e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +228,7 @@ def recipe_of(name: str, seed: int, plan: argparse.Namespace) -> Latent:
         steps = [plan.explicit]
     settings = {**arm.settings, **({"pause_id": 0} if arm.settings.get("thought") == "pause" else {})}
     frozen = ["visual", "embed_tokens"]
-    common = {"task": "hops", "lr": plan.lr, "batch": plan.batch, "warmup": 30, "save_every": 200, "clip": 1.0, "seed": seed}
+    common = {"task": "hops", "lr": plan.lr, "batch": plan.batch, "warmup": 100, "save_every": 200, "clip": 1.0, "seed": seed}
     common |= {"optimizer": "muon", "floor": 0.1, "words": "dialogue" if "spoken" in (name, arm.begins) else "replies"}
     return Latent.read({**common, "mode": arm.mode, "settings": settings, "anchor": arm.anchor, "steps": steps, "frozen": frozen})
 
