@@ -103,3 +103,17 @@ def test_log_probs_are_scored_without_dropout_whatever_the_loop_wants(run: Path)
     policies = Policies({"questioner": learner})
     policies.train()
     assert not any(module.training for module in policies.modules()) and torch.is_grad_enabled()
+
+
+def test_a_stray_id_of_rounding_passes_and_a_small_fault_everywhere_does_not(run: Path) -> None:
+    """Rounding has a long tail and a tiny mean; a fault, however small, has a mean."""
+    rows = list(read_rows(run, ["questioner"]))
+    found, version = recomputed(run, "questioner", rows)
+    stray = [one.clone() for one in found]
+    stray[2][0] += 3e-4
+    assert gate(rows, stray, version)[0] == sum(sum(row.mask) for row in rows)
+    stray[2][0] += 1e-3
+    with pytest.raises(GateError, match=r"0\.0013 nats"):
+        gate(rows, stray, version)
+    with pytest.raises(GateError, match="in the mean"):
+        gate(rows, [one + 1.5e-4 for one in found], version)

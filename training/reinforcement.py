@@ -8,9 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from monologue.training.adapters import Lora
 from monologue.training.credit import Kind
-from monologue.training.gate import TOLERANCE, Guards
+from monologue.training.gate import Guards
 from monologue.training.objectives import Grpo, Objective
 from monologue.training.recipe import follow
+from monologue.training.replay import TOLERANCE
 
 PLAYING = frozenset(
     [

@@ -40,6 +40,8 @@ from monologue.traces.verify import Check
 
 TOLERANCE = 1e-4
 """Nats, for float32 on one machine."""
+STRAY = 10
+"""How much more than that a single id may differ where the mean is as much less: rounding has a long tail, faults have a large mean."""
 EDGE = 1e-5
 SWAPPED = 512
 """Calls with pictures that are scored again with another picture."""
@@ -47,6 +49,16 @@ CEILING = 100.0
 """Nats; the change of a token that another picture makes impossible."""
 TOGETHER = 256
 """Calls in flight, for the engine to batch."""
+
+
+
+def agrees(worst: float, mean: float, tolerance: float = TOLERANCE) -> bool:
+    """Whether differences of log-probs, nats, are those of rounding: all within the tolerance, or stray ones within ten times as much while
+    their mean is a tenth. A picture where attention hangs in the balance made float32 differ from itself by 1.1e-4 between two batches,
+    1.9e-6 in the mean.
+    """
+    return worst <= tolerance or (worst <= STRAY * tolerance and mean <= tolerance / STRAY)
+
 
 Engines = Callable[[PolicyCall], Backend]
 """The engine that holds the weights which sampled a call; raises BackendError where it cannot be had."""
@@ -162,7 +174,7 @@ class Replay:
         return Check("facts", False, len(self.faults), span, f"{detail} ({span})")
 
     def _role(self, name: str, tally: Tally) -> Check:
-        ok = tally.worst <= self.tolerance
+        ok = agrees(tally.worst, tally.mean, self.tolerance)
         detail = f"{tally.tokens} tokens of {tally.calls} calls, mean {tally.mean:.1e}"
         detail += f", {tally.edges} on the edge of a nucleus" if tally.edges else ""
         where = "" if ok else f"; worst in span {tally.span}"
@@ -174,7 +186,7 @@ class Replay:
         detail = ", ".join(f"{shift:+d}: {means[shift]:.1e}" for shift in sorted(means))
         if max(means.values()) <= self.tolerance:
             detail += "; too flat to tell"
-        worst = next((tally.span for tally in self.roles.values() if tally.worst > self.tolerance), None)
+        worst = next((tally.span for tally in self.roles.values() if not agrees(tally.worst, tally.mean, self.tolerance)), None)
         return Check("off by one", best == 0, means[best], None if best == 0 else worst, f"mean difference by shift: {detail}")
 
     def _image_swap(self) -> Check:
