@@ -51,7 +51,6 @@ TOGETHER = 256
 """Calls in flight, for the engine to batch."""
 
 
-
 def agrees(worst: float, mean: float, tolerance: float = TOLERANCE) -> bool:
     """Whether differences of log-probs, nats, are those of rounding: all within the tolerance, or stray ones within ten times as much while
     their mean is a tenth. A picture where attention hangs in the balance made float32 differ from itself by 1.1e-4 between two batches,
