@@ -19,7 +19,7 @@ time. From there
     dialogue    as ``hidden``, but from ``spoken``: whole turns are internalised, not replies
     blind-*     the picture hidden from everything behind the question: states and words see one re-read patch a step only, which an
                 oracle gives, which is attended to (by the state itself, or by the row that made it), drawn, or none. Half a rationale
-                could not be said then, so these learn by the number of hops, none to three, in twice the steps, and each state shall
+                could not be said then, so these learn by the number of hops, none to three, and each state shall
                 name its finding; the state comes first, so that it can be asked what it wants. What the question itself took from
                 the picture, ``blind-none`` shows
 
@@ -65,7 +65,7 @@ SEEDS = {"validation": 0, "test": 1}
 """Of the problems on which everyone is examined; of training the seed's own."""
 POOL, EXAMINED = 12288, 128
 """Training pictures; problems of a batch under examination."""
-EXPLICIT, STAGE, BATCH, LR = 400, 250, 32, 2e-3
+EXPLICIT, STAGE, BATCH, LR = 400, 400, 32, 2e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +221,7 @@ def begin(folder: Path, seed: int) -> None:
 def recipe_of(name: str, seed: int, plan: argparse.Namespace) -> Latent:
     """The training of an arm."""
     arm = ARMS.get(name, Arm({"patches": "none"}))
-    steps = [0] + [(1 + arm.blind) * LOOKUPS * plan.stage // arm.latents] * arm.latents
+    steps = [0] + [LOOKUPS * plan.stage // arm.latents] * arm.latents
     if name == "direct":
         steps = [plan.explicit + LOOKUPS * plan.stage]
     elif name in LOUD:
