@@ -48,7 +48,7 @@ from monologue.training.internalise import Lesson, lesson
 from monologue.training.rationales import of_problem
 from monologue.voices import voice_of
 
-UNSEEN, BATCH = 1, 64
+UNSEEN, BATCH = 3, 64
 Run = Callable[[], float]
 """Plays all problems; accuracy."""
 
