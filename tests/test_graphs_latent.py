@@ -176,3 +176,33 @@ def test_the_command_examines_any_thinker(thinker: Path, tmp_path: Path, capsys:
 def test_policies_that_do_not_think_have_no_thoughts(thinker: Path) -> None:
     policy = load_policy(thinker, "answerer")
     assert isinstance(policy, Policy) and policy.backend.facts.engine == "transformers"
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("shipped") / "run"
+    assert main(["play", "--task", "hops", "--graph", "latent:percent=0", "--split", "validation", "--n", "24", "--out", str(run)]) == 0
+    return run
+
+
+def test_the_shipped_thinker_takes_a_step_for_each_look_up_and_is_right(shipped: Path) -> None:
+    problems = {problem.id: problem for problem in Hops().problems("validation", 24)}
+    played = {one.start.problem_id: one for one in episodes(shipped)}
+    assert sum(len(thoughts(played[name])) == problem.hops for name, problem in problems.items()) >= 22
+    answers = {name: end.answer for name, one in played.items() if (end := one.end) is not None}
+    assert sum(answers[name] == problem.choices[problem.gold or 0] for name, problem in problems.items()) >= 22
+
+
+def test_thoughts_of_different_length_are_replayed_together(shipped: Path) -> None:
+    assert len({len(thoughts(one)) for one in episodes(shipped)}) > 2
+    checks = {check.name: check for check in replay(shipped)}
+    assert all(check.ok for check in checks.values()) and checks["replay thinker"].figure < 1e-4
+
+
+def test_a_thinker_without_patches_is_replayed_too(thinker: Path, tmp_path: Path) -> None:
+    policy = load_policy(thinker, "thinker", habit=Habit(Mode(patches="none"), 2), trainable=False, sampling=Sampling(max_tokens=3))
+    play("latent:percent=0", PROBLEMS, {**seats(thinker), "thinker": policy}, tmp_path / "run", progress=False)
+    assert all(len(thoughts(one)) == 2 and thoughts(one)[0]["chosen"] == "[]" for one in episodes(tmp_path / "run"))
+    assert all(check.ok for check in replay(tmp_path / "run"))
+    (habit,) = {call.habit for one in episodes(tmp_path / "run") for call in one.calls() if call.engine == LATENT}
+    assert habit is not None and Habit.heard(habit) == Habit(Mode(patches="none"), 2), "replayed as it thought, not as the folder says"
