@@ -246,7 +246,7 @@ def made(name: str, folder: Path, seed: int, plan: argparse.Namespace) -> dict[s
         raise SystemExit(f"{out} was trained by another recipe; name another --out, or remove it")
     model = open_checkpoint(str(out), device="cpu", dtype=torch.float32).model
     own = sum(recipe.steps)
-    row = {"seed": seed, "arm": name, "latents": recipe.latents, "steps": own, "and_before": plan.explicit if arm.begins != "base" else 0}
+    row = {"seed": seed, "arm": name, "latents": recipe.latents, "steps": own, "steps_before": plan.explicit if arm.begins != "base" else 0}
     return {**row, **done, **examined(thinker(model, recipe, recipe.latents), world, name, kept, plan.n)}
 
 
