@@ -143,7 +143,9 @@ class Thinker:
 
     def _told(self, thoughts: Thoughts) -> list[tuple[Thought, ...]]:
         """Each lane's latent steps as plain values."""
-        chances, ids = self._reasoner.say(thoughts.states).softmax(-1).topk(NEAREST, dim=-1)  # (B, n, 3)
+        logits = self._reasoner.say(thoughts.states)  # (B, n, V), of what could be said
+        silent = torch.tensor(self._silent, dtype=torch.long, device=logits.device)
+        chances, ids = logits.index_fill(-1, silent, -torch.inf).softmax(-1).topk(NEAREST, dim=-1)  # (B, n, 3)
         norms = thoughts.states.norm(dim=-1)
         return [
             tuple(

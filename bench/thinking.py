@@ -1,6 +1,6 @@
 """What thinking costs beside saying it, and beside answering at once: the same problems, the same engine, the same batches, in turns.
 
-    python bench/hops.py --seeds 0 --arms direct spoken explicit hidden      # makes the policies, all of one shape, under runs/hops/0
+    python bench/hops.py --seeds 0 --arms direct spoken explicit ours      # makes the policies, all of one shape, under runs/hops/0
     python bench/thinking.py [--models runs/hops/0] [--n 256] [--repeats 5] [--json bench/results/thinking.json]
 
 Three hops and a colour, test problems. One model, one reply, from pixels to the last word, greedy, in batches:
@@ -48,7 +48,7 @@ from monologue.training.internalise import Lesson, lesson
 from monologue.training.rationales import of_problem
 from monologue.voices import voice_of
 
-UNSEEN, BATCH = 3, 64
+UNSEEN, BATCH = 4, 64
 Run = Callable[[], float]
 """Plays all problems; accuracy."""
 
@@ -98,7 +98,7 @@ def seats() -> dict[str, Any]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--models", type=Path, default=Path("runs/hops/0"))
-    options.add_argument("--latent", default="hidden", help="arm of bench/hops.py that thinks")
+    options.add_argument("--latent", default="ours", help="arm of bench/hops.py that thinks")
     options.add_argument("--n", type=int, default=256)
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "thinking.json")

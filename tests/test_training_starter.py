@@ -13,6 +13,7 @@ from monologue.agents import questioner as questioner_seat
 from monologue.agents.codec import TinyCodec
 from monologue.agents.messages import Conclude, Look, Reply
 from monologue.agents.prompts import TINY
+from monologue.tasks.hops import Hops
 from monologue.tasks.shapes import Shapes
 from monologue.tasks.shapes.perception import practice_scene
 from monologue.traces.images import Picture
@@ -157,7 +158,7 @@ def test_a_grown_model_says_what_its_seed_said(sight: Sight, words: Words, tmp_p
 def test_recipes_are_read_overridden_and_refused_by_name() -> None:
     recipe = recipe_file.override(recipe_file.read_recipe("questioner"), ["seed=7"])
     assert recipe["seed"] == 7 and make.stages_of(recipe)[0].steps > 0
-    with pytest.raises(make.RecipeError, match="answerer, direct, direct-plain, imitate, immo, outcome, questioner, reinforce"):
+    with pytest.raises(make.RecipeError, match="answerer, direct, direct-plain, imitate, immo, latent, outcome, questioner, reinforce, speaker"):
         recipe_file.read_recipe("nobody")
     with pytest.raises(make.RecipeError, match="speed"):
         recipe_file.override(recipe, ["speed=1"])
@@ -190,4 +191,4 @@ def test_the_model_card_is_what_the_command_makes_of_the_files_beside_it() -> No
     for name in card.POLICIES:
         facts = json.loads((folder / name / "card.json").read_text())
         assert facts["weights_sha256"] == hashlib.sha256((folder / name / "model.safetensors").read_bytes()).hexdigest()
-        assert facts["world_sha256"] == make.world_hash(Shapes())
+        assert facts["world_sha256"] == make.world_hash(Hops() if name in ("speaker", "thinker") else Shapes())
