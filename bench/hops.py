@@ -25,8 +25,7 @@ time. From there
                 the picture, ``blind-none`` shows
 
 Validation problems show how a stage ends; the figures are of test problems of another seed than the trials' (theirs were seen while the
-recipe was sought). What is done already is not done
-again and a killed training is resumed, so the command can be stopped and repeated.
+recipe was sought). What is done already is not done again and a killed training is resumed, so the command can be stopped and repeated.
 """
 
 from __future__ import annotations
