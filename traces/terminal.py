@@ -21,6 +21,10 @@ from monologue.traces.store import Episode, RunReader
 COLOURS = {"questioner": "cyan", "answerer": "green"}
 
 
+LEAST = 0.005
+"""Probability below which a word that a thought is near to is not told."""
+
+
 def half_blocks(image: Image.Image, width: int = 42) -> Text:
     """A picture as coloured half blocks: two pixels a character, at most ``width`` characters wide and as many pixels high."""
     width = max(1, min(width, round(width * image.width / image.height)))
@@ -56,7 +60,8 @@ def thoughts(span: SpanRecord, console: Console) -> None:
     for event in span.events:
         if event.name == names.LATENT_STEP:
             words, chances = json.loads(str(event.attributes.get("words", "[]"))), json.loads(str(event.attributes["chances"]))
-            near = ", ".join(f"{plain(word.strip())} {chance:.2f}" for word, chance in zip(words[:2], chances, strict=False))
+            pairs = [(word, chance) for word, chance in zip(words, chances, strict=False) if chance >= LEAST]
+            near = ", ".join(f"{plain(word.strip())} {chance:.2f}" for word, chance in pairs[:2])
             patches = ", ".join(str(patch + 1) for patch in json.loads(str(event.attributes["chosen"])))
             told = f"near {near or 'words that were not recorded'}" + (f"; reads {patches} again" if patches else "")
             console.print(f"  [dim]{'thought':>10}  {told}[/dim]")
