@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+from monologue.backends.places import STARTERS
 from monologue.output import write_text
 from monologue.tables import table
 from monologue.usage import UsageError
@@ -25,10 +26,10 @@ def view(options: argparse.Namespace) -> int:
         return replay_episode(options)
     if options.list:
         return list_episodes(options)
-    tokenizers = tuple(options.tokenizer)
-    for file in tokenizers:
+    for file in options.tokenizer:
         if not file.is_file():
             raise UsageError(f"--tokenizer {str(file)!r} is no file; give a tokenizer.json")
+    tokenizers = (*options.tokenizer, *sorted(STARTERS.glob("*/tokenizer.json")))
     if options.html:
         return write_page(options.folder, options.html, tokenizers)
     return serve_page(options, tokenizers)

@@ -1,5 +1,7 @@
 """The command line as a person meets it: every good path once, and for every bad input one clear sentence and the right exit code."""
 
+import base64
+import gzip
 import json
 import os
 import re
@@ -45,6 +47,17 @@ def picture(tmp_path: Path) -> Path:
     file = tmp_path / "own.png"
     Shapes().problem("test", 0).pictures[0]().resize((300, 200)).save(file)
     return file
+
+
+def test_the_page_of_a_shipped_policy_shows_its_words(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Runs name shipped policies by names that travel, ``starter:answerer``, which are no folders."""
+    run, page = tmp_path / "run", tmp_path / "page.html"
+    assert say(capsys, "play", "--task", "hops", "--n", 1, "--out", run)[0] == 0
+    assert say(capsys, "view", run, "--html", page)[0] == 0
+    packed = re.search(r'id="episodes-0">([^<]+)<', page.read_text())
+    assert packed is not None
+    (episode,) = json.loads(gzip.decompress(base64.b64decode(packed[1])))
+    assert episode["spans"][0]["tokens"]["text"][:3] == ["<look>", "what", "follows"]
 
 
 def test_play_verify_view(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
