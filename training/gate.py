@@ -20,7 +20,7 @@ from torch import Tensor
 from monologue.training.replay import TOLERANCE, agrees
 from monologue.training.rows import Piece, Row
 
-CERTAIN = 0.05
+CERTAIN = 0.1
 """Nats an id; who is as sure as this has no exploration to lose."""
 
 
