@@ -43,6 +43,7 @@ from monologue.agents.load import codec_for, load_policy
 from monologue.backends.base import Sampling
 from monologue.graphs.oracle import oracle
 from monologue.graphs.play import play
+from monologue.graphs.registry import find
 from monologue.rollouts import reinforce
 from monologue.seating import starter
 from monologue.tasks.base import OracleTurn, Problem
@@ -167,7 +168,8 @@ def dialogues(families: str, graph: str = "monologue", control: str | None = Non
     def examine(bench: Bench, seats: Seats, run: Path) -> dict[str, Any]:
         chosen = {problem.id: problem for problem in Shapes(families.split(",")).problems(bench.split, bench.n)}
         options: dict[str, Any] = {"max_turns": 8, "control": control, "progress": False}
-        summary = play(graph, list(chosen.values()), _greedy(seats), run, **options)
+        seated = _greedy({role: seats[role] for role in find(graph).roles})
+        summary = play(graph, list(chosen.values()), seated, run, **options)
         asked: dict[str, list[int]] = defaultdict(list)
         for episode in RunReader(run).episodes():
             hops = str(chosen[episode.start.problem_id].hops)
