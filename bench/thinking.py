@@ -40,6 +40,7 @@ from monologue.backends.latent import Habit
 from monologue.backends.perception.ivtlr import LatentReasoner
 from monologue.backends.perception.prompts import prompts
 from monologue.graphs.play import play
+from monologue.graphs.registry import find
 from monologue.seating import starter
 from monologue.tasks.base import Problem
 from monologue.tasks.hops import Hops
@@ -77,10 +78,11 @@ def alone(folder: Path, problems: Sequence[Problem], steps: int, replies: bool) 
 
 def played(graph: str, seats: dict[str, Any], problems: Sequence[Problem]) -> Run:
     """A graph, recorded."""
+    seated = {role: seats[role] for role in find(graph).roles}
 
     def run() -> float:
         with tempfile.TemporaryDirectory() as folder:
-            summary = play(graph, list(problems), seats, Path(folder) / "run", concurrency=BATCH, progress=False)
+            summary = play(graph, list(problems), seated, Path(folder) / "run", concurrency=BATCH, progress=False)
         if summary.failed:
             raise SystemExit(f"{len(summary.failed)} episodes failed: {summary.failed[0].error}")
         return summary.score().accuracy
