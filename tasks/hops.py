@@ -13,15 +13,14 @@ pixels merged two by two.
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 from PIL import Image, ImageChops
 
-from monologue.tasks.base import OracleTurn, Problem, TaskError, exact_match
+from monologue.tasks.base import OracleTurn, Problem, exact_match
+from monologue.tasks.generated import Generated
 
 SPLITS = ("train", "validation", "test")
 ROWS, COLUMNS, CELL = 3, 4, 28
@@ -136,24 +135,12 @@ class Drawing:
         return paint(self.board, self.seed)
 
 
-class Hops:
+class Hops(Generated):
     """Colours some arrows away."""
 
     name = "hops"
     splits = SPLITS
-
-    def __init__(self, families: Sequence[str] = tuple(FAMILIES)) -> None:
-        unknown = [name for name in families if name not in FAMILIES]
-        if unknown or not families:
-            raise TaskError(f"unknown question families {unknown!r}; choose from {', '.join(FAMILIES)}")
-        self.families = tuple(families)
-        self._world = "hops" if self.families == tuple(FAMILIES) else f"hops[{'+'.join(self.families)}]"
-
-    def problems(self, split: str, n: int | None = None, seed: int = 0) -> Iterator[Problem]:
-        """The first ``n`` problems; endless where n is None. Families take turns. Raises TaskError."""
-        if split not in SPLITS:
-            raise TaskError(f"unknown split {split!r} of task 'hops'; choose from {', '.join(SPLITS)}")
-        return (self.problem(split, i, seed) for i in (range(n) if n is not None else itertools.count()))
+    known = FAMILIES
 
     def problem(self, split: str, index: int, seed: int = 0) -> Problem:
         """Problem ``index`` of a split; it depends on (seed, split, family, index) only."""

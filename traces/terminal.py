@@ -19,8 +19,6 @@ from monologue.traces.schema import Annotation, EpisodeEnd, EpisodeStart, SpanRe
 from monologue.traces.store import Episode, RunReader
 
 COLOURS = {"questioner": "cyan", "answerer": "green"}
-
-
 LEAST = 0.005
 """Probability below which a word that a thought is near to is not told."""
 

@@ -251,7 +251,8 @@ class _Training:
         self.trainer.train(resume_from_checkpoint=None if start is None else str(start))
         if recipe.dtype == "bfloat16":
             round_weights(self.checkpoint.model)
-        save_checkpoint(self.checkpoint, self.out, copy.deepcopy(self.checkpoint.model).to(getattr(torch, recipe.dtype)))
+        dtype, model = getattr(torch, recipe.dtype), self.checkpoint.model
+        save_checkpoint(self.checkpoint, self.out, model if model.dtype == dtype else copy.deepcopy(model).to(dtype))
         Habit(recipe.as_mode(), recipe.latents, self.objective.think).save(self.out)
         return self.lines
 

@@ -13,11 +13,12 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from PIL.Image import Image
 
 from monologue.tasks.base import OracleTurn, Problem, TaskError, exact_match
+from monologue.tasks.generated import Generated
 from monologue.tasks.shapes.draw import paint
 from monologue.tasks.shapes.families import FAMILIES, World, find_scene
 from monologue.tasks.shapes.perception import KINDS, look, practice_scene, replies
@@ -29,24 +30,12 @@ WORLDS = {split: World(SEEN, SEEN) for split in SPLITS} | {"combos": World(PAIRS
 FROZEN_SIZE = 2000
 
 
-class Shapes:
+class Shapes(Generated):
     """Questions about coloured shapes on a 3 x 3 board."""
 
     name = "shapes"
     splits = SPLITS
-
-    def __init__(self, families: Sequence[str] = tuple(FAMILIES)) -> None:
-        unknown = [name for name in families if name not in FAMILIES]
-        if unknown or not families:
-            raise TaskError(f"unknown question families {unknown!r}; choose from {', '.join(FAMILIES)}")
-        self.families = tuple(families)
-        self._world = "shapes" if self.families == tuple(FAMILIES) else f"shapes[{'+'.join(self.families)}]"
-
-    def problems(self, split: str, n: int | None = None, seed: int = 0) -> Iterator[Problem]:
-        """The first ``n`` problems; endless where n is None. Families take turns."""
-        if split not in SPLITS:
-            raise TaskError(f"unknown split {split!r} of task 'shapes'; choose from {', '.join(SPLITS)}")
-        return (self.problem(split, i, seed) for i in (range(n) if n is not None else itertools.count()))
+    known = FAMILIES
 
     def problem(self, split: str, index: int, seed: int = 0) -> Problem:
         family = self.families[index % len(self.families)]
