@@ -65,6 +65,11 @@ class Lane:
         return 0 if self.read is None else len(self.read.ids)
 
     @property
+    def beginning(self) -> Any:
+        """What is the same only for lanes that the model reads alike; what an earlier call has read makes a lane its own."""
+        return (self.ids, self.pictures) if self.read is None else id(self)
+
+    @property
     def stopped(self) -> bool:
         return bool(self.sampled) and self.sampled[-1] in self.sampling.stop_ids
 
@@ -86,8 +91,12 @@ class _Batch:
     def keep(self, places: list[int]) -> None:
         if len(places) == len(self.lanes):
             return
-        index = torch.tensor(places, device=self.mask.device)
         self.lanes = [self.lanes[place] for place in places]
+        self.take(places)
+
+    def take(self, places: list[int]) -> None:
+        """Of what is computed, the lanes at ``places``, in this order and as often as they are named."""
+        index = torch.tensor(places, device=self.mask.device)
         self.logits, self.mask, self.next_positions = self.logits[index], self.mask[index], self.next_positions[:, index]
         self.cache.batch_select_indices(index)
 
@@ -126,9 +135,15 @@ class Decoder:
         return found
 
     def _prefill(self, lanes: list[Lane]) -> _Batch:
-        out, mask, positions = self._forward(lanes, keep=1, use_cache=True)
+        """Lanes that begin alike, such as a problem's episodes, are read once."""
+        alike = {lane.beginning: lane for lane in lanes}
+        out, mask, positions = self._forward(list(alike.values()), keep=1, use_cache=True)
         following = positions.amax(dim=-1, keepdim=True).amax(dim=0, keepdim=True) + 1  # (1, B, 1)
-        return _Batch(lanes, out.logits[:, -1], mask, following.expand(positions.shape[0], -1, -1), out.past_key_values)
+        batch = _Batch(lanes, out.logits[:, -1], mask, following.expand(positions.shape[0], -1, -1), out.past_key_values)
+        if len(alike) < len(lanes):
+            places = {beginning: place for place, beginning in enumerate(alike)}
+            batch.take([places[lane.beginning] for lane in lanes])
+        return batch
 
     def _remember(self, batch: _Batch) -> None:
         """Keeps the state of lanes that are done: everything but the last sampled id was fed."""

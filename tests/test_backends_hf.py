@@ -28,6 +28,7 @@ from monologue.backends.base import (
     RequestRefused,
     Sampling,
 )
+from monologue.backends.decoding import Decoder, Lane
 from monologue.backends.hf import HFBackend
 from monologue.backends.places import fingerprint
 from monologue.backends.tokens import template_hash
@@ -129,6 +130,30 @@ def reference(engine: HFBackend, prompt: Prompt, ids: tuple[int, ...], temperatu
 
 async def together(engine: HFBackend, prompts: list[Prompt], sampling: Sampling) -> list[Generation]:
     return await asyncio.gather(*[engine.generate(prompt, replace(sampling, seed=seed)) for seed, prompt in enumerate(prompts)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_prompts_that_are_alike_are_read_once_and_each_has_its_own_reply(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    engine = HFBackend(checkpoints[family], window=0.1)
+    prompts = [prompt for prompt in ragged(engine) for _ in range(3)]
+    alone = [await engine.generate(prompt, replace(SAMPLED, seed=seed)) for seed, prompt in enumerate(prompts)]
+    read: list[int] = []
+    forward = Decoder._forward
+
+    def counted(self: Decoder, lanes: list[Lane], **options: Any) -> Any:
+        read.append(len(lanes))
+        return forward(self, lanes, **options)
+
+    monkeypatch.setattr(Decoder, "_forward", counted)
+    found = await together(engine, prompts, SAMPLED)
+    await engine.aclose()
+    assert read == [len(prompts) // 3]
+    assert [one.ids for one in found] == [one.ids for one in alone]
+    assert len({one.ids for one in found}) > len(prompts) // 3
+    for one, other in zip(found, alone, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
