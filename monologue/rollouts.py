@@ -2,6 +2,8 @@
 
 Roles that are trained are sampled, the others are greedy, so that what varies within a group is the trained policy alone. An examination is
 greedy in every seat, on held-out problems, and leaves no trace.
+
+A role plays in this process, or on SGLang servers (``served``), which get each version's weights from the run's folder.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ from typing import Any
 
 from monologue.agents.hindsight import counterfactual, progress
 from monologue.agents.load import load_policy
-from monologue.agents.policy import Policy
+from monologue.agents.policy import Policy, close
 from monologue.backends.base import Sampling
+from monologue.backends.places import place
 from monologue.graphs.play import play
 from monologue.graphs.registry import find
-from monologue.seating import chat_model, starter
+from monologue.seating import chat_model, served, starter
 from monologue.tasks.base import Problem, Task
 from monologue.traces.store import RunError, RunWriter
 from monologue.training.credit import COUNTERFACTUAL
@@ -40,8 +43,8 @@ class Rollouts:
     """The seats of a recipe's graph, and its problems in order."""
 
     def __init__(self, recipe: Reinforcement, task: Task, seats: Mapping[str, Policy]) -> None:
-        """Raises RecipeError where a trained role has no seat in the graph."""
-        strange = sorted(set(recipe.trained) - set(find(recipe.graph).roles))
+        """Raises RecipeError where a trained or served role has no seat in the graph."""
+        strange = sorted({*recipe.trained, *recipe.served} - set(find(recipe.graph).roles))
         if strange:
             raise RecipeError(
                 f"graph {recipe.graph!r} has no seat for {', '.join(strange)}; its seats are {', '.join(find(recipe.graph).roles)}"
@@ -69,9 +72,18 @@ class Rollouts:
         if not summary.ok:
             raise RunError(f"no episode of iteration {iteration} ended well: {summary.failed[0].error}")
 
+    def begin(self, role: str, source: str, version: str) -> None:
+        """A server that somebody has given other weights gets those that training begins with. Raises BackendError."""
+        if self.seats[role].backend.facts.weights_version != version:
+            found = place(source)
+            self._load(role, str(Path(found).absolute()) if Path(found).is_dir() else found, version)
+
     def push(self, role: str, folder: Path, version: str) -> None:
-        """The engine of a role loads the folder."""
-        asyncio.run(self.seats[role].backend.load(str(folder), version))
+        """The engine of a role loads the folder. Raises BackendError."""
+        self._load(role, str(folder.absolute()), version)
+
+    def _load(self, role: str, weights: str, version: str) -> None:
+        asyncio.run(self.seats[role].backend.load(weights, version))
 
     def policy(self, role: str) -> str:
         return self.seats[role].policy_id
@@ -126,18 +138,27 @@ def reinforce(
     chosen = recipe if isinstance(recipe, Reinforcement) else Reinforcement.read(dict(recipe))
     numbers: dict[str, Any] = {"device": chosen.device, "dtype": chosen.dtype, "lora": chosen.lora}
     learners = {role: Learner.open(source_of(chosen, role), **numbers) for role in chosen.trained}
-    stage = None if task is None else Rollouts(chosen, task, seated(chosen))
-    return train(chosen, out, learners, stage, resume=resume, **more)
+    if task is None:
+        return train(chosen, out, learners, None, resume=resume, **more)
+    seats = seated(chosen)
+    try:
+        return train(chosen, out, learners, Rollouts(chosen, task, seats), resume=resume, **more)
+    finally:
+        asyncio.run(close(seats.values()))
 
 
 def seated(recipe: Reinforcement) -> dict[str, Policy]:
-    """The policies of a recipe in this process. Raises BackendError, CodecError."""
+    """The policies of a recipe, in this process or on its servers. Raises BackendError, CodecError."""
     found, numbers = {}, "bfloat16" if recipe.dtype == "bfloat16" else "float32"
     for role in find(recipe.graph).roles:
         heat, nucleus = (recipe.temperature, recipe.top_p) if role in recipe.trained else (0.0, 1.0)
-        sampling, source = Sampling(heat, nucleus, max_tokens=recipe.max_tokens), source_of(recipe, role)
+        sampling = Sampling(heat, nucleus, max_tokens=recipe.max_tokens)
+        if role in recipe.served:
+            began = source_of(recipe, role) if role in recipe.trained else None
+            found[role] = served(recipe.served[role], role, sampling, role, began)
+            continue
         engine: dict[str, Any] = {"max_batch": TOGETHER, "device": recipe.device, "dtype": numbers}
-        found[role] = load_policy(source, role, sampling=sampling, policy_id=role, **engine)
+        found[role] = load_policy(source_of(recipe, role), role, sampling=sampling, policy_id=role, **engine)
     return found
 
 

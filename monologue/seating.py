@@ -92,7 +92,7 @@ def _seated(graph: str, options: argparse.Namespace, loaded: dict[str, Policy]) 
             taken[role] = _hosted(wanted, role, sampling)
             continue
         if options.backend == "sglang" or wanted.startswith(("http://", "https://")):
-            taken[role] = loaded[wanted] = _served(wanted, role, sampling)
+            taken[role] = loaded[wanted] = _addressed(wanted, role, sampling)
             continue
         source = portable(starter(role, graph, getattr(options, "task", "shapes")) if wanted in ("starter", "oracle") else wanted)
         thinks = role == "thinker"
@@ -132,15 +132,21 @@ def _scripted(role: str, options: argparse.Namespace) -> Seat:
     return scripted(f"scripted-{role}")
 
 
-def _served(endpoints: str, role: str, sampling: Sampling) -> Policy:
-    """A policy on SGLang servers, named by their addresses with commas between them."""
+def _addressed(endpoints: str, role: str, sampling: Sampling) -> Policy:
     if not endpoints.startswith(("http://", "https://")):
         raise UsageError(f"--backend sglang takes the servers' addresses, --{role} http://HOST:PORT[,http://...], got {endpoints!r}")
+    return served(endpoints, role, sampling)
+
+
+def served(endpoints: str, role: str, sampling: Sampling, policy_id: str = "", source: str | None = None) -> Policy:
+    """A policy on SGLang servers, named by their addresses with commas between them; ``source`` is the checkpoint that it began with
+    (default: what the servers name now). Raises BackendError, CodecError.
+    """
     from monologue.agents.load import seat
     from monologue.backends.sglang import SGLangBackend
 
-    engine = SGLangBackend(*endpoints.split(","))
-    return seat(engine, role, sampling, f"{role}-{Path(engine.facts.model).name}")
+    engine = SGLangBackend(*endpoints.split(","), source=source)
+    return seat(engine, role, sampling, policy_id or f"{role}-{Path(engine.facts.model).name}")
 
 
 def _hosted(named: str, role: str, sampling: Sampling) -> Policy:

@@ -48,7 +48,7 @@ def follow(settings: type[Settings], recipe: dict[str, Any], stage: str) -> Sett
 def override(recipe: dict[str, Any], settings: Sequence[str], known: Collection[str] = ()) -> dict[str, Any]:
     """``key=value`` settings over top-level keys; values are TOML. Raises RecipeError for keys that are neither in the recipe nor known."""
     for setting in settings:
-        key, _, value = setting.partition("=")
+        key, value = (part.strip() for part in setting.partition("=")[::2])
         if key not in {*recipe, *known} or not value:
             raise RecipeError(f"expected KEY=VALUE with a key of {sorted({*recipe, *known})}, got {setting!r}")
         try:

@@ -27,6 +27,7 @@ PLAYING = frozenset(
         "task",
         "rewards",
         "judge",
+        "served",
     ]
 )
 """Keys that say how to play."""
@@ -60,6 +61,10 @@ class Reinforcement(BaseModel):
     """Question families separated by commas; empty: all."""
     graph: str = "monologue"
     """Online: the graph."""
+    served: dict[str, str] = {}
+    """Online: addresses of the SGLang servers that play a role, with commas between them; other roles play in this process. Servers are
+    given the weights of each version, so they must be able to read the run's folder.
+    """
     first: int = Field(default=0, ge=0)
     """Number of the first problem, so that a run meets other problems than its prior did."""
     problems: int = Field(default=16, ge=1)

@@ -33,6 +33,10 @@ class Stage(Protocol):
         """Plays an iteration's episodes, those that the pen has not written yet."""
         ...
 
+    def begin(self, role: str, source: str, version: str) -> None:
+        """A role is to play with the weights of ``source``, folder or Hub name."""
+        ...
+
     def push(self, role: str, folder: Path, version: str) -> None:
         """Other weights for a role."""
         ...
@@ -91,6 +95,8 @@ class Played:
         self._rewards = rewards
         self._keep, self._main, self._wait = keep, main, wait
         self._pushed = {role: version(role, 0) for role in learners}
+        for role, learner in learners.items() if main else ():
+            stage.begin(role, learner.checkpoint.source, self._pushed[role])
 
     def push(self, iteration: int) -> None:
         """Has the stage load what has changed."""

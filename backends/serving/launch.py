@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -94,7 +95,7 @@ def command(
 ) -> list[str]:
     """The command line of a server, which names its weights by their content. ``flags`` come last, so they win."""
     base = [python, "-m", "sglang.launch_server", "--model-path", model, "--host", "127.0.0.1", "--port", str(port)]
-    base += ["--weight-version", fingerprint(model)]
+    base += ["--weight-version", fingerprint(model), "--nccl-port", str(free_port())]
     own = ["--dtype", dtype or ("float32" if device == "cpu" else "bfloat16"), *FLAGS]
     return [*base, *own, *(CPU_FLAGS if device == "cpu" else ()), *flags]
 
@@ -113,9 +114,15 @@ def environment(device: str, extra: Mapping[str, str] = NOTHING) -> dict[str, st
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, below those that systems deal out by themselves: a server takes it seconds later."""
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise BackendUnavailable("no free port was found between 20000 and 32000")
 
 
 def launch(
