@@ -219,8 +219,6 @@ def test_recipes_refuse_what_cannot_be_honoured(capsys: pytest.CaptureFixture[st
             Reinforcement.read(settings)
     with pytest.raises(RecipeError, match="several processes, got one"):
         Policies({}).shard()
-    with pytest.raises(RecipeError, match="cannot be resumed"):
-        reinforce(Reinforcement(shard=True), "/nowhere", {}, resume=True)
     with pytest.raises(RecipeError, match="unknown rewards beauty"):
         reinforce(Reinforcement(rewards={"beauty": 1.0}), "/nowhere", {})
     for shipped in ("reinforce", "outcome", "immo"):
@@ -264,7 +262,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_with_what_was_pla
 
 def test_two_processes_take_the_steps_of_one_with_whole_weights_and_with_shared_out_ones(tmp_path: Path) -> None:
     """Only the first plays and writes; each learns from its share of the rows; gradients, and shares of the weights, meet over gloo."""
-    own = {"iterations": 2, "dtype": "float64", "tolerance": 1e-3, "minibatches": 2}
+    own = {"iterations": 2, "dtype": "float64", "tolerance": 1e-3, "minibatches": 2, "save_every": 1}
     plain = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
     launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
     for name, launcher, more in (("one", (), {}), ("two", plain, {}), ("sharded", (*launch, "--dynamo_backend", "no"), {"shard": True})):
@@ -275,7 +273,29 @@ def test_two_processes_take_the_steps_of_one_with_whole_weights_and_with_shared_
             assert one[0] == pytest.approx(two[0], abs=1e-6) and one[1:] == pytest.approx(two[1:], abs=1e-6) and len(one[0]) == 4
         apart = gap(tmp_path / "one" / "questioner", tmp_path / name / "questioner")
         assert apart < 1e-6 < 1e-5 < gap(tmp_path / "one" / "questioner", starter("questioner"))
-    assert not list((tmp_path / "sharded" / "trainer").glob("checkpoint-*"))
+    left = tmp_path / "sharded" / "trainer"
+    shutil.copytree(tmp_path / "sharded" / "questioner", tmp_path / "before")
+    shutil.rmtree(left / "checkpoint-8")
+    first = (left / "checkpoint-4" / "optimizer.pt").stat().st_mtime_ns
+    words = [*command(tmp_path / "sharded", launcher=(*launch, "--dynamo_backend", "no"), **own, shard=True), "--resume"]
+    done = subprocess.run(words, **surroundings())
+    assert done.returncode == 0, done.stderr.decode()
+    assert len(losses(tmp_path / "sharded")) == 2 and (left / "checkpoint-8").is_dir()
+    assert (left / "checkpoint-4" / "optimizer.pt").stat().st_mtime_ns == first, "it went on from there"
+    assert gap(tmp_path / "before", tmp_path / "sharded" / "questioner") == 0.0
+
+
+def test_a_tracker_is_told_every_iteration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard's own reader finds in its own files what stands in the run's curves."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    lines = go(tmp_path / "run", report_to=["tensorboard"], passes=2)
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    for name in ("reward", "kl", "entropy", "turns", "clipped", "loss"):
+        told = {event.step: event.value for event in board.Scalars(f"train/{name}")}
+        assert told == pytest.approx({2 * (line["step"] + 1): line[name] for line in lines}, abs=1e-6), name
 
 
 def test_matrix_products_in_bfloat16_learn_and_are_told_apart_from_the_engines(tmp_path: Path) -> None:

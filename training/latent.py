@@ -318,8 +318,9 @@ class _Learner(nn.Module):
         super().train(False)
         return self
 
-    def save(self, folder: Path) -> None:
-        save_checkpoint(self._checkpoint, folder)
+    def save(self, folder: Path, main: bool = True) -> None:
+        if main:
+            save_checkpoint(self._checkpoint, folder)
 
     def load(self, folder: Path) -> None:
         take_weights(self.model, str(folder))

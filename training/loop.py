@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from monologue.training.collate import Batch, Collate
 from monologue.training.rows import Row
+from monologue.training.sharding import deal_out, gathered
 
 Loss = Callable[[Any, Batch, float], Tensor]
 """Model, batch, number of trained ids in the step; gives the batch's part of the step's loss."""
@@ -72,13 +74,18 @@ class StreamTrainer(Trainer):
         stream: Iterable[Any],
         loss: StreamLoss,
         settings: TrainingArguments,
+        sharded: bool = False,
         **options: Any,
     ) -> None:
-        """``groups``: of an optimizer, each with ``params`` and ``lr``. ``model`` has ``save(folder)`` and ``load(folder)``."""
+        """``groups``: of an optimizer, each with ``params`` and ``lr``. ``model`` has ``save(folder, main)``, which every process calls and
+        ``main`` writes, and ``load(folder)``. ``sharded``: its weights are shared out among processes.
+        """
+        settings.save_only_model = sharded  # the Trainer refuses to write moments that it has not shared out itself; here we do
         super().__init__(model=model, args=settings, **options)
+        settings.save_only_model = False
         self.compute_loss_func = loss  # only its presence matters: losses are divided already, the loop must not divide again
         self.remove_callback(PrinterCallback)
-        self._groups, self._stream, self._loss = groups, stream, loss
+        self._groups, self._stream, self._loss, self._sharded = groups, stream, loss, sharded
         self.lost: list[float] = []
         """Loss of each step since this was last emptied."""
 
@@ -115,13 +122,26 @@ class StreamTrainer(Trainer):
         return self.optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
-            folder.mkdir(parents=True, exist_ok=True)
-            self.accelerator.unwrap_model(self.model).save(folder)
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.unwrap_model(self.model).save(folder, self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.accelerator.unwrap_model(self.model).load(Path(resume_from_checkpoint))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        moments = gathered(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(moments, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._sharded and checkpoint is not None:
+            deal_out(self.optimizer)
 
 
 StreamLoss = Callable[[Any, Any], Tensor]

@@ -95,17 +95,26 @@ class Policies(nn.Module):
             return scored, None
         return scored, self.critics[role](scored.states.float()).squeeze(-1)
 
-    def save(self, folder: Path) -> None:
-        """A checkpoint for each role, and the critics."""
+    @property
+    def sharded(self) -> bool:
+        return any(learner.sharded for learner in self.learners.values())
+
+    def save(self, folder: Path, main: bool = True) -> None:
+        """A checkpoint for each role, and the critics. Where weights are sharded all processes must call this; ``main`` writes."""
+        if not main and not self.sharded:
+            return
         for role, learner in self.learners.items():
-            learner.save(folder / role)
+            learner.save(folder / role, main)
             if learner.adapted:
                 save_adapter(learner.checkpoint.model, folder / role)
-        if self.critics:
-            save_file(self.critics.state_dict(), folder / CRITICS)
+        critics = whole(self.critics.state_dict()) if self.critics else {}
+        if critics and main:
+            save_file(critics, folder / CRITICS)
 
     def load(self, folder: Path) -> None:
-        """What ``save`` wrote. Raises BackendError."""
+        """What ``save`` wrote, unless weights are shared out: then they were loaded before. Raises BackendError."""
+        if self.sharded:
+            return
         for role, learner in self.learners.items():
             if learner.adapted:
                 load_adapter(learner.checkpoint.model, folder / role)

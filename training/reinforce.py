@@ -60,29 +60,36 @@ def reinforce(
     Raises RecipeError, RunError, RowError, GateError, BackendError, PictureError.
     """
     _wanted(recipe, stage)
-    if recipe.shard and resume:
-        raise RecipeError("a sharded training cannot be resumed: the shares of its optimizer are not written; begin anew in another folder")
     if bool(recipe.runs) == (stage is not None):
         raise RecipeError("expected either runs to learn from or a stage to play on, got " + ("both" if recipe.runs else "neither"))
     process = PartialState(cpu=recipe.device == "cpu")
     with process.main_process_first():
         RunWriter(out, {"recipe": recipe.model_dump(mode="json")}, resume=resume or not process.is_main_process).close()
-    return _Reinforcement(recipe, Path(out), learners, stage, more).train(latest(Path(out) / STATE) if resume else None)
+    return _Reinforcement(recipe, Path(out), learners, stage, more, latest(Path(out) / STATE) if resume else None).train()
 
 
 class _Reinforcement:
     """One training."""
 
     def __init__(
-        self, recipe: Reinforcement, out: Path, learners: Mapping[str, Learner], stage: Stage | None, more: Mapping[str, Any]
+        self,
+        recipe: Reinforcement,
+        out: Path,
+        learners: Mapping[str, Learner],
+        stage: Stage | None,
+        more: Mapping[str, Any],
+        checkpoint: Path | None,
     ) -> None:
-        self.recipe, self.out = recipe, out
+        """``checkpoint``: what a killed training left, to go on from."""
+        self.recipe, self.out, self.checkpoint = recipe, out, checkpoint
         for role, learner in learners.items() if recipe.trees else ():
             attention = learner.checkpoint.model.config.get_text_config()._attn_implementation
             if attention != "sdpa":
                 raise RecipeError(f"trees=true needs attention 'sdpa', which takes a mask of ours; {role!r} computes it by {attention!r}")
         self.policies = Policies(learners, recipe.trained if recipe.objective.critic else ())
         if recipe.shard:
+            if checkpoint is not None:
+                self.policies.load(checkpoint)
             self.policies.shard()
         self.learners = self.policies.learners
         self.reference = Policies({role: _again(learner, recipe) for role, learner in learners.items()}) if recipe.reference else None
@@ -92,11 +99,14 @@ class _Reinforcement:
         self.facts: dict[str, Any] = {}
         self.held: list[float] = []
         self.began = 0.0
-        self.trainer = StreamTrainer(self.policies, self._groups(), self, self._loss, self._settings(more), callbacks=[_Closing(self)])
+        self.trainer = StreamTrainer(
+            self.policies, self._groups(), self, self._loss, self._settings(more), callbacks=[_Closing(self)], sharded=recipe.shard
+        )
         self.source = self._source(stage)
 
-    def train(self, checkpoint: Path | None) -> list[dict[str, Any]]:
+    def train(self) -> list[dict[str, Any]]:
         """From the beginning, or from where a checkpoint was taken."""
+        checkpoint = self.checkpoint
         state = {"global_step": 0} if checkpoint is None else json.loads((checkpoint / "trainer_state.json").read_text())
         self.report.read(int(state["global_step"]) // self.recipe.steps)
         if self.report.history:
@@ -244,7 +254,7 @@ class _Reinforcement:
             "adam_beta2": 0.99,
             "ignore_data_skip": True,
             "logging_strategy": "no",
-            "save_strategy": "no" if recipe.shard else "steps",
+            "save_strategy": "steps",
             "bf16": recipe.mixed == "bfloat16",
             "save_steps": recipe.save_every * recipe.steps,
             "save_total_limit": 2,

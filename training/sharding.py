@@ -3,11 +3,10 @@
     accelerate launch --multi_gpu --num_processes 8 -m monologue train reinforce RECIPE --set shard=true
 
 Layers are cut where the model says that it must not be split; gradients and the optimizer's moments are shared out with them. The engine
-that plays, and whoever resumes or uses the result, wants whole weights: all processes gather them (``whole``), one writes. We shard by
-ourselves, because accelerate's own way leaves processes without a GPU unsharded without a word.
+that plays, and whoever resumes or uses the result, wants whole weights: all processes gather them (``whole``), one writes. Moments are
+written whole too (``gathered``). We shard by ourselves: accelerate's own way leaves processes without a GPU unsharded without a word.
 
-Left out, and refused: adapters, and a resume (the optimizer's shares are not written). The weights of the start, kept for the KL, are
-whole in every process; ``reference = false`` saves them.
+Left out, and refused: adapters. The weights of the start, kept for the KL, are whole in every process; ``reference = false`` saves them.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from monologue.training.recipe import RecipeError
 
@@ -50,3 +49,22 @@ def whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensor = (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
         gathered[name] = found.setdefault(mine.data_ptr(), tensor) if mine.numel() else tensor
     return gathered
+
+
+def gathered(state: Any) -> Any:
+    """An optimizer's ``state_dict`` in one piece, on the CPU. All processes must ask at once."""
+    if isinstance(state, DTensor):
+        return state.full_tensor().cpu()
+    if isinstance(state, dict):
+        return {key: gathered(value) for key, value in state.items()}
+    return state
+
+
+def deal_out(optimizer: Any) -> None:
+    """Whole moments become those of each process's share of the weights. All processes must call this at once."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if isinstance(weight, DTensor):
+                held = optimizer.state[weight]
+                moments = {name: value for name, value in held.items() if value.shape == weight.shape}
+                held |= {name: distribute_tensor(value, weight.device_mesh, weight.placements) for name, value in moments.items()}

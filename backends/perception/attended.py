@@ -26,9 +26,11 @@ NAME = "monologue_attended"
 class Row:
     """Attention of one query a lane over all keys, averaged over heads and layers as the model runs."""
 
-    def __init__(self, at: Tensor | None, visible: Tensor | None) -> None:
-        """``at`` (B,): the query's place in what is fed; None asks for no row. ``visible`` (B, S): keys it may weigh."""
-        self._at, self._visible = at, visible
+    def __init__(self, at: Tensor | None, visible: Tensor | None, graph: bool = False) -> None:
+        """``at`` (B,): the query's place in what is fed; None asks for no row. ``visible`` (B, S): keys it may weigh. ``graph``: gradients
+        go through the weights.
+        """
+        self._at, self._visible, self._graph = at, visible, graph
         self._sum: Tensor | float = 0.0
         self._layers = 0
 
@@ -38,15 +40,18 @@ class Row:
         assert isinstance(self._sum, Tensor), "no layer has run through the registered attention"
         return self._sum / self._layers
 
-    @torch.no_grad()
     def see(self, query: Tensor, key: Tensor, scaling: float, numbers: torch.dtype) -> None:
         """Adds a layer: queries (B, H, L, D), keys (B, H / G, S, D)."""
         if self._at is None or self._visible is None:
             return
+        with torch.set_grad_enabled(self._graph and torch.is_grad_enabled()):
+            self._add(query, key, scaling, numbers, self._at, self._visible)
+
+    def _add(self, query: Tensor, key: Tensor, scaling: float, numbers: torch.dtype, at: Tensor, visible: Tensor) -> None:
         lanes, heads, _, width = query.shape
-        one = query[torch.arange(lanes, device=query.device), :, self._at]  # (B, H, D)
+        one = query[torch.arange(lanes, device=query.device), :, at]  # (B, H, D)
         scores = one.view(lanes, key.shape[1], -1, width) @ key.transpose(2, 3) * scaling  # (B, H / G, G, S)
-        scores = scores.masked_fill(~self._visible[:, None, None], -torch.inf)
+        scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
         weights = scores.softmax(-1, dtype=numbers).to(query.dtype).reshape(lanes, heads, -1)  # (B, H, S)
         self._sum, self._layers = self._sum + weights.mean(1), self._layers + 1
 

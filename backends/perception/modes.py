@@ -31,6 +31,10 @@ class Mode:
     """Patches a step, at most."""
     selects: Literal["row", "state"] = "row"
     """Whose attention chooses: the position that made the state (as released), or the state itself as it is read back."""
+    choice: Literal["hard", "through"] = "hard"
+    """What choosing teaches: nothing, as published; or its attention learns as if it had mixed patches, though the chosen ones are fed
+    (straight-through).
+    """
     reuse: bool = False
     """A patch may be chosen again by a later step."""
     positions: Literal["mrope", "flat", "placed"] = "mrope"

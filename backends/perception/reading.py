@@ -96,8 +96,10 @@ class Reader:
         assert self._read is not None
         return len(self._read.positions)
 
-    def read(self, block: Block, *, row: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Last hidden states (B, L, D), and with ``row`` the attention (B, S) of each lane's last valid place, hidden pictures weighed."""
+    def read(self, block: Block, *, row: bool = False, graph: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Last hidden states (B, L, D), and with ``row`` the attention (B, S) of each lane's last valid place, hidden pictures weighed,
+        with ``graph`` differentiable.
+        """
         new = block if self.cache is None else block.bare()
         self._read = whole = new if self._read is None else self._read.then(new)
         length = block.valid.shape[1]
@@ -105,7 +107,7 @@ class Reader:
         fed, offset = (whole, 0) if self.cache is None else (block, start)
         at = block.last + start  # (B,)
         keys = torch.arange(start + length, device=at.device)
-        asked = Row(at - offset, whole.valid & (keys <= at[:, None])) if row else Row(None, None)
+        asked = Row(at - offset, whole.valid & (keys <= at[:, None]), graph) if row else Row(None, None)
         with through(self._model.config, asked) as more:
             out = self._model(
                 inputs_embeds=fed.embeds,

@@ -153,6 +153,10 @@ class Thinking:
             return self._pool.new_zeros(*chosen.shape, width)
         found = self._pool.gather(1, chosen.clamp(min=0).unsqueeze(-1).expand(-1, -1, width))
         found = found.masked_fill((chosen < 0).unsqueeze(-1), 0.0)
+        if self._mode.choice == "through" and self._scores is not None:
+            shares = self._scores / self._scores.sum(1, keepdim=True)  # (B, J)
+            mixed = shares.unsqueeze(1) @ self._pool  # (B, 1, D)
+            found = found + (mixed - mixed.detach())
         return found if edits.patches is None else edits.patches(number, found)
 
     def _thought(self, fed: Tensor, alive: Tensor) -> Block:
@@ -179,11 +183,11 @@ class Thinking:
         """Moves every lane that has something in the block to its last valid place there."""
         if not block.valid.shape[1]:
             return
-        hidden, weights = self._reader.read(block, row=row)
+        hidden, weights = self._reader.read(block, row=row, graph=self._mode.choice == "through")
         lanes = torch.arange(len(hidden), device=hidden.device)
         self._state = torch.where(block.valid.any(1, keepdim=True), hidden[lanes, block.last], self._state)
         if weights is not None:
-            self._scores = weights.gather(1, self._given.spots.clamp(min=0))  # (B, J)
+            self._scores = weights.gather(1, self._given.spots.clamp(min=0)).masked_fill(~self._given.there, 0.0)  # (B, J)
 
     def _thoughts(self, steps: list[_Step], taken: Tensor) -> Thoughts:
         lanes, width, k = len(taken), self._pool.shape[-1], 0 if self._mode.patches == "none" else self._mode.k
