@@ -36,13 +36,17 @@ def check_role(backend: Backend, role: str) -> None:
 
 
 def seat(backend: Backend, role: str, sampling: Sampling | None = None, policy_id: str = "", trainable: bool = True) -> Policy:
-    """A policy of any engine that carries its ``tokenizer``; an answerer must see. Raises CodecError."""
+    """A policy of any engine that carries its ``tokenizer``; an answerer must see, and whoever thinks in states is not trained from traces.
+
+    Raises CodecError.
+    """
     tokenizer = getattr(backend, "tokenizer", None)
     if tokenizer is None:
         raise CodecError(f"the engine {backend.facts.engine!r} carries no tokenizer; build a Policy with a codec of your own")
     check_role(backend, role)
     eyes: Any = backend if backend.facts.sees else None
-    return Policy(backend, codec_for(tokenizer, eyes), sampling or Sampling(), policy_id or backend.facts.model, trainable)
+    trained = trainable and not backend.facts.extra.get("habit")
+    return Policy(backend, codec_for(tokenizer, eyes), sampling or Sampling(), policy_id or backend.facts.model, trained)
 
 
 def load_policy(

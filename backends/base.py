@@ -138,11 +138,11 @@ class Thought:
 
     chosen: tuple[int, ...]
     """Patches that were read again, counted from 0 among the visual tokens of all pictures."""
-    norm: float
-    """Of the state that was fed back."""
-    words: tuple[str, ...]
-    """What the state was nearest to saying, likeliest first."""
-    chances: tuple[float, ...]
+    norm: float | None = None
+    """Of the state that was fed back; None where the engine does not say."""
+    words: tuple[str, ...] = ()
+    """What the state was nearest to saying, likeliest first; empty where the engine does not say."""
+    chances: tuple[float, ...] = ()
     """Probability of each of the words."""
 
 

@@ -2,8 +2,9 @@
 
 The server is fast and unforgiving, so everything is counted before it is sent (``serving/requests.py``) and counted again when the
 answer is there (``serving/answers.py``). Which server is asked, what it was loaded with, restarts and swaps are the business of
-``serving/fleet.py``; deadlines, retries and errors that of ``wire.py``. Log-probs at temperature T are of the tempered, truncated
-distribution that was really sampled, as everywhere.
+``serving/fleet.py``; deadlines, retries and errors that of ``wire.py``. A server that takes latent steps (``serving/latent.py``) says so
+itself; its thoughts are taken out of the reply and told beside it. Log-probs at temperature T are of the tempered, truncated distribution
+that was really sampled, as everywhere.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from monologue.backends.base import BackendError, Facts, Generation, Prompt, Req
 from monologue.backends.checkpoints import open_config, open_processors
 from monologue.backends.inputs import Eyes
 from monologue.backends.pictures import Placeholders
-from monologue.backends.places import portable
+from monologue.backends.places import place, portable
 from monologue.backends.serving.answers import read_generation, read_scores, truncated, version
 from monologue.backends.serving.fleet import Fleet, Loaded, Swap
+from monologue.backends.serving.latent import Thinking
 from monologue.backends.serving.requests import Requests
 from monologue.backends.tokens import template_hash, tokenizer_hash
 from monologue.backends.wire import Loop
@@ -55,6 +57,8 @@ class SGLangBackend:
             name = portable(source or str(self.server["model_path"]))
             config = open_config(name)
             self.tokenizer, processor = open_processors(name, config)
+            self.thinking = Thinking.told(self.server)
+            habit = self._habit(name, config)
         except BaseException:
             self._loop.submit(self.fleet.aclose()).result()
             self._loop.stop()
@@ -63,7 +67,7 @@ class SGLangBackend:
         self.processor_hash, self.image_token_id = self._eyes.processor_hash, self._eyes.image_token_id
         vocabulary, length = int(config.get_text_config().vocab_size), int(self.server["context_length"])
         self._requests = Requests(self._eyes, self.tokenizer, vocabulary, length, own_limits=config.model_type == "qwen2_vl")
-        self._facts = self._describe(name)
+        self._facts = self._describe(name, habit)
 
     @property
     def facts(self) -> Facts:
@@ -77,23 +81,36 @@ class SGLangBackend:
         """Samples. ``heard`` is told the ids so far, in the caller's loop, whenever there are more; where an answer was lost and is asked
         for again, they begin anew.
         """
-        started = time.perf_counter()
-        images = self._requests.admit(prompt, 1, sampling)
-        body, here = self._requests.generation(prompt, images, sampling), asyncio.get_running_loop()
+        started, thoughts = time.perf_counter(), self.thinking.places if self.thinking else 0
+        if prompt.chosen is not None:
+            raise RequestRefused("a server chooses patches by itself; give chosen ones to score, or think in process")
+        images = self._requests.admit(prompt, 1 + thoughts, sampling)
+        if self.thinking:
+            self.thinking.admit(prompt, images)
+        body, here = self._requests.generation(prompt, images, sampling, thoughts), asyncio.get_running_loop()
 
         def told(part: dict[str, Any]) -> None:
-            if heard and part.get("output_ids"):
-                here.call_soon_threadsafe(heard, tuple(part["output_ids"]))
+            ids = tuple(token for token in part.get("output_ids") or () if self.thinking is None or token < self.thinking.id)
+            if heard and ids:
+                here.call_soon_threadsafe(heard, ids)
 
         answer = await self._loop.run(self.fleet.ask(prompt.affinity, body, told if heard else None))
         found = read_generation(answer.content, prompt.ids, sampling, self._eyes.banned)
+        if self.thinking:
+            found = self.thinking.apart(found, sampling)
         weights = answer.adapter or found.weights_version
         seconds = time.perf_counter() - started
         return replace(found, images=images, server=answer.server, weights_version=weights, seconds=seconds)
 
     async def score(self, prompt: Prompt, ids: tuple[int, ...], sampling: Sampling) -> tuple[float, ...]:
         """Of the untempered, untruncated distribution alone; other samplings are refused, since the server cannot score them."""
-        images = self._requests.admit(prompt, len(ids), sampling)
+        if self.thinking and prompt.chosen is None:
+            raise RequestRefused(
+                "a server that thinks scores a reply after thoughts that are given: Prompt.chosen, as the trace holds them"
+            )
+        thoughts = self.thinking.spelled(prompt.chosen or ()) if self.thinking else ()
+        images = self._requests.admit(prompt, len(thoughts) + len(ids), sampling)
+        prompt = replace(prompt, ids=prompt.ids + thoughts)
         if (sampling.temperature not in (0.0, 1.0)) or truncated(sampling):
             raise RequestRefused(f"the server scores at temperature 1 without truncation, not with {sampling!r}; replay in process instead")
         body = self._requests.scores(prompt, ids, images)
@@ -139,7 +156,19 @@ class SGLangBackend:
         await self._loop.run(self.fleet.aclose())
         self._loop.stop()
 
-    def _describe(self, name: str) -> Facts:
+    def _habit(self, name: str, config: Any) -> str | None:
+        """How the checkpoint was taught to think, if the server does. Raises BackendError where it does otherwise."""
+        if self.thinking is None:
+            return None
+        from monologue.backends.latent import Habit
+
+        habit = Habit.load(place(name))
+        taught = Thinking.of(habit, config, self.thinking.after, self.thinking.room)
+        if taught != self.thinking:
+            raise BackendError(f"the server thinks as {self.thinking!r}, but {name!r} was taught to as {taught!r}")
+        return habit.told()
+
+    def _describe(self, name: str, habit: str | None) -> Facts:
         server = self.server
         return Facts(
             model=name,
@@ -158,6 +187,7 @@ class SGLangBackend:
                 "image_token_id": self.image_token_id,
                 "processor_hash": self.processor_hash,
                 "vocabulary": self._requests.vocabulary,
+                **({"habit": habit} if habit else {}),
             },
         )
 

@@ -181,7 +181,7 @@ class World:
 
         def drawn(index: int) -> Drawn:
             rng = random.Random(f"hops/{self.seed}/{index}")
-            hops = recipe.stage(index // recipe.batch)[0] - 1 if self.arm.blind else HOPS
+            hops = recipe.practised(index // recipe.batch) - 1 if self.arm.blind else HOPS
             return self.lesson(rng.choice(self.train), rng.choice(tuple(LETTERS)), kept, hops)
 
         return drawn

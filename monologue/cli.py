@@ -156,6 +156,7 @@ def _port(text: str) -> int:
 def _serve(command: argparse.ArgumentParser) -> None:
     command.add_argument("--questioner", default="starter", metavar="MODEL", help="'starter', a folder or Hub name, or 'none'")
     command.add_argument("--answerer", default="starter", metavar="MODEL", help="'starter', a folder or Hub name, or 'none'")
+    command.add_argument("--thinker", default="none", metavar="MODEL", help="takes latent steps: 'starter' or a folder (default: none)")
     command.add_argument("--tiny", action="store_true", help="the shipped policies on this machine's CPU (tests_real/install_sglang.sh)")
     command.add_argument("--replicas", type=int, default=1, metavar="N", help="servers of each role, which share its episodes")
     command.add_argument("--gpus", metavar="IDS", help="dealt out to the servers in turn, e.g. 0,1 (default: all on the first)")

@@ -86,20 +86,24 @@ def _seated(graph: str, options: argparse.Namespace, loaded: dict[str, Policy]) 
     taken: dict[str, Seat] = {}
     for role in find(graph).roles:
         wanted = getattr(options, role)
-        if role == "thinker" and (options.backend == "sglang" or wanted.startswith(("chat:", "http://", "https://"))):
-            raise UsageError(f"latent steps are taken in this process: --thinker is a folder that 'train latent' wrote, got {wanted!r}")
+        if role == "thinker" and wanted.startswith("chat:"):
+            raise UsageError(
+                f"a hosted model takes no latent steps: --thinker is a folder that 'train latent' wrote, or a server, got {wanted!r}"
+            )
         if wanted.startswith("chat:"):
             taken[role] = _hosted(wanted, role, sampling)
             continue
         if options.backend == "sglang" or wanted.startswith(("http://", "https://")):
-            taken[role] = loaded[wanted] = _addressed(wanted, role, sampling)
+            taken[role] = loaded[wanted] = policy = _addressed(wanted, role, sampling)
+            if role == "thinker" and not policy.backend.facts.extra.get("habit"):
+                raise UsageError(f"the server at {wanted} takes no latent steps; start one with 'monologue serve --thinker FOLDER'")
             continue
         source = portable(starter(role, graph, getattr(options, "task", "shapes")) if wanted in ("starter", "oracle") else wanted)
         thinks = role == "thinker"
         key = f"{source} thinking" if thinks else source
         if key not in loaded:
             taken_names = {policy.policy_id for policy in loaded.values()}
-            more = {"habit": habit_of(source), "trainable": False} if thinks else {}
+            more = {"habit": habit_of(source)} if thinks else {}
             named = source if short(source) in taken_names and not thinks else ""
             loaded[key] = load_policy(source, role, sampling=sampling, policy_id=named, **more)
         policy = loaded[key]

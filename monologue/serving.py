@@ -2,6 +2,7 @@
 
 Several replicas of a role share its episodes; several GPUs are dealt out to the servers in turn. ``--tiny`` serves the shipped policies on
 this machine's CPU with the SGLang that ``tests_real/install_sglang.sh`` installs, so that everything around a server can be tried anywhere.
+A thinker's server takes latent steps by itself (``backends/serving/latent.py``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from typing import Any
 from monologue.usage import UsageError
 
 TINY_PYTHON = Path(".venv-sglang/bin/python")
+ROLES = ("questioner", "answerer", "thinker")
+ROOM = 1024
+"""Most places that the pictures before a served thinker have."""
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -45,7 +49,7 @@ def settle(options: argparse.Namespace) -> None:
     if options.tiny:
         if options.device == "cuda" or options.gpus:
             raise UsageError("--tiny serves on the CPU and takes neither --device cuda nor --gpus")
-        if any(getattr(options, role) not in ("starter", "none") for role in ("questioner", "answerer")):
+        if any(getattr(options, role) not in ("starter", "none") for role in ROLES):
             raise UsageError("--tiny serves the starter policies; leave it out to serve others")
         options.device = "cpu"
     options.device = options.device or "cuda"
@@ -63,27 +67,52 @@ def orders_of(options: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     from monologue.backends.serving.launch import lora_flags
     from monologue.seating import starter
 
-    wanted = {role: getattr(options, role) for role in ("questioner", "answerer") if getattr(options, role) != "none"}
+    wanted = {role: getattr(options, role) for role in ROLES if getattr(options, role) != "none"}
     if not wanted:
-        raise UsageError("nothing to serve: both --questioner and --answerer are 'none'")
+        raise UsageError("nothing to serve: --questioner, --answerer and --thinker are all 'none'")
     adapters = lora_flags(options.lora_rank, options.device) if options.lora_rank else []
     gpus = cycle(options.gpus.split(",") if options.gpus else [""])
     found = list[tuple[str, dict[str, Any]]]()
-    for role, model in wanted.items():
+    for role, named in wanted.items():
+        model = str(starter(role)) if named == "starter" else named
+        own, environment = _thinking(model) if role == "thinker" else ((), {})
         for replica in range(options.replicas):
             gpu = next(gpus)
             order = {
-                "model": str(starter(role)) if model == "starter" else model,
+                "model": model,
                 "port": options.port + len(found) if options.port else None,
                 "python": options.python,
                 "device": options.device,
                 "dtype": options.dtype,
-                "flags": [*adapters, *(["--base-gpu-id", gpu] if gpu else []), *options.flag],
+                "flags": [*own, *adapters, *(["--base-gpu-id", gpu] if gpu else []), *options.flag],
+                "extra": environment,
                 "log": options.logs / f"{role}-{replica}.log",
                 "wait": options.wait,
             }
             found.append((role, order))
     return found
+
+
+def _thinking(model: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Flags and environment of a server that thinks as its checkpoint was taught. Raises UsageError, BackendError."""
+    from monologue.agents.codec import TinyCodec
+    from monologue.agents.load import codec_for
+    from monologue.backends.checkpoints import open_config, open_processors
+    from monologue.backends.serving.latent import Thinking, environment
+    from monologue.seating import habit_of
+
+    config = open_config(model)
+    tokenizer, _ = open_processors(model, config)
+    if not isinstance(codec_for(tokenizer), TinyCodec):
+        raise UsageError(
+            f"the prompts of {model!r} end with words of its chat template, after which a server cannot tell whether to think; serve it by "
+            "monologue.backends.serving.latent, with an id that nothing else says before its thoughts"
+        )
+    try:
+        thinking = Thinking.of(habit_of(model), config, tokenizer.convert_tokens_to_ids("<assistant>"), ROOM)
+        return thinking.flags(config), environment(config)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def wait_for_interrupt() -> None:

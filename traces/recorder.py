@@ -305,8 +305,9 @@ class PolicySpan:
         """The call's facts: the fields of ``PolicyCall`` that a caller knows, with the full ``prompt_ids``; ``thoughts`` become events."""
         for step, thought in enumerate(call.pop("thoughts", ())):
             words = [self._privacy.text(word) for word in thought.words]
-            facts = {"step": step, "chosen": json.dumps(thought.chosen), "norm": thought.norm, "chances": json.dumps(thought.chances)}
+            facts = {"step": step, "chosen": json.dumps(thought.chosen), "chances": json.dumps(thought.chances)}
             told = {} if None in words else {"words": json.dumps(words, ensure_ascii=False)}
+            told |= {} if thought.norm is None else {"norm": thought.norm}
             self._span.add_event(names.LATENT_STEP, {**facts, **told})
         prompt, sampled = tuple(call.pop("prompt_ids")), tuple(call["sampled_ids"])
         before = self._streams.get(self._stream)

@@ -75,6 +75,8 @@ class Latent(BaseModel):
     """With a learned stop: the word that says "not finished", one token of the tokenizer that is otherwise never said."""
     steps: list[int] = Field([600, 400, 400, 400], min_length=1)
     """Optimizer steps of each stage; the first is the explicit one, so there is a latent step less than entries; 0 leaves a stage out."""
+    rehearsal: float = Field(0.0, ge=0, lt=1)
+    """Share of a stage's batches that practise an earlier one again, drawn evenly (``uniform_prob`` in Coconut's released code)."""
     batch: int = Field(16, ge=1)
     """Rationales a step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -141,6 +143,12 @@ class Latent(BaseModel):
         ends = list(itertools.accumulate(self.steps))
         stage = min(bisect_right(ends, step), self.latents)
         return stage, step - (ends[stage] - self.steps[stage])
+
+    def practised(self, step: int) -> int:
+        """The stage that a step's batch is taken through: its own or, rehearsing, an earlier one."""
+        own = self.stage(step)[0]
+        earlier, dice = [stage for stage in range(own) if self.steps[stage]], random.Random(f"rehearsal/{self.seed}/{step}")
+        return dice.choice(earlier) if earlier and dice.random() < self.rehearsal else own
 
     def rate(self, step: int) -> float:
         """Share of the peak learning rate: linear warm-up, then a cosine, anew in each stage."""
@@ -272,7 +280,7 @@ class _Training:
             )
         given = self.embed(self.checkpoint.model, lessons)
         seed = self.recipe.seed * 1_000_003 + step
-        lost = internalisation(self.reasoner, given, lessons, self.recipe.stage(step)[0], self.objective, seed)
+        lost = internalisation(self.reasoner, given, lessons, self.recipe.practised(step), self.objective, seed)
         self.facts = {
             name: round(float(part.detach()), 5)
             for name, part in (("words", lost.words), ("anchor", lost.anchor), ("stop", lost.stop))

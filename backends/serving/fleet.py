@@ -267,7 +267,7 @@ async def _facts(wire: Wire, timeout: float) -> dict[str, Any]:
     length = server.get("max_req_input_len")
     if "model_path" not in model or not isinstance(length, int):
         raise BackendError(f"expected model_path and max_req_input_len from {wire.url}, got {sorted(model)!r} and {sorted(server)!r}")
-    told = {key: server.get(key) for key in ("version", "dtype", "device", "enable_lora", "max_lora_rank")}
+    told = {key: server.get(key) for key in ("version", "dtype", "device", "enable_lora", "max_lora_rank", "json_model_override_args")}
     return {**model, **told, "context_length": length}
 
 

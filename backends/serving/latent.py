@@ -1,36 +1,142 @@
 """Starts a server whose model takes latent steps (``models/monologue_latent``), and says which of its ids are thoughts.
 
-    launch(model, flags=thinking.flags("Qwen3ForCausalLM"), extra=ENVIRONMENT, ...)
+    thinking = Thinking(id=..., after=..., steps=3)                             # text models: Coconut
+    thinking = Thinking.of(Habit.load(folder), config, after=..., room=64)      # a thinker of ours, pictures and all
+    launch(model, flags=thinking.flags(config), extra=environment(config), ...)
 
-The server samples a thought's id with log-prob 0 wherever one must stand; a client counts these ids as positions, not as words. The same
-model in process is ``perception.ivtlr`` with ``patches="none"``, and both give the same log-probs (tests_real/served).
+The server samples thoughts' ids with log-prob 0 wherever one must stand; a client counts them as positions, not as words. What was chosen
+stands in them: the j-th place of the pictures is ``id + 1 + j``. The same model in process is ``perception.ivtlr``, and both give the same
+choices and log-probs (tests_real/served).
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from monologue.backends.base import BackendError, Generation, ImageFacts, Prompt, RequestRefused, Sampling, Thought
+
+if TYPE_CHECKING:
+    from monologue.backends.latent import Habit
 
 MODELS = Path(__file__).parent / "models"
-ENVIRONMENT = {"PYTHONPATH": str(MODELS), "SGLANG_EXTERNAL_MODEL_PACKAGE": "monologue_latent"}
-KNOWN = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+PACKAGE = "monologue_latent"
+TEXT = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+SEEING = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
+
+
+def environment(config: Any) -> dict[str, str]:
+    """What a server of a checkpoint with this configuration finds its model by."""
+    [architecture] = config.architectures
+    own = {"PYTHONPATH": str(MODELS), "SGLANG_EXTERNAL_MODEL_PACKAGE": PACKAGE}
+    if architecture in TEXT:
+        return own
+    return {**own, "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE": PACKAGE, "SGLANG_EXTERNAL_MM_MODEL_ARCH": f"Latent{architecture}"}
 
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """Where a served model takes latent steps."""
+    """Where and how a served model takes latent steps."""
 
     id: int
-    """Stands for a thought; never a word."""
+    """Stands for a thought; never a word. May lie behind the vocabulary."""
     after: int
     """Thoughts follow this id, in a prompt or sampled."""
     steps: int
-    """How many."""
+    """How many; at most, where the model stops by itself."""
+    patches: int = 0
+    """Places of the pictures that a step reads again."""
+    patches_first: bool = False
+    """They stand before the thought of their step, not behind it."""
+    room: int = 0
+    """Most places that a sequence's pictures have; so many ids behind ``id`` name them."""
+    think: int | None = None
+    """Word by which a state says that it has not finished; None: the number of steps is fixed."""
 
-    def flags(self, architecture: str) -> tuple[str, ...]:
-        """Of the server, for a checkpoint of this architecture. Raises ValueError for one that has no latent twin."""
-        if architecture not in KNOWN:
-            raise ValueError(f"expected one of {', '.join(KNOWN)}, got {architecture!r}: its latent steps run in process only")
-        facts = {"id": self.id, "after": self.after, "steps": self.steps}
-        return "--json-model-override-args", json.dumps({"architectures": [f"Latent{architecture}"], "latent": facts})
+    @classmethod
+    def of(cls, habit: Habit, config: Any, after: int, room: int) -> Thinking:
+        """As a checkpoint with this configuration was taught, its thoughts named by ids behind its vocabulary.
+
+        Raises ValueError for a habit that a server cannot follow.
+        """
+        mode = habit.mode
+        wanted = {"thought": "state", "selects": "row", "positions": "mrope", "bottleneck": "off", "arrangement": "raster", "reuse": False}
+        strange = [f"{name}={getattr(mode, name)!r}" for name, value in wanted.items() if getattr(mode, name) != value]
+        if strange or mode.patches == "random":
+            raise ValueError(f"a server does not take latent steps with {', '.join(strange) or 'random patches'}; they run in process")
+        k = 0 if mode.patches == "none" else mode.k
+        first = int(config.get_text_config().vocab_size)
+        return cls(first, after, habit.steps, k, mode.order == "patches-first", room if k else 0, habit.think)
+
+    def flags(self, config: Any) -> tuple[str, ...]:
+        """Of the server, for a checkpoint with this configuration. Raises ValueError for one that has no latent twin."""
+        [architecture] = config.architectures
+        if architecture not in (*TEXT, *SEEING) or (self.patches and architecture in TEXT):
+            known = ", ".join(SEEING if self.patches else (*TEXT, *SEEING))
+            raise ValueError(f"expected one of {known}, got {architecture!r}: its latent steps run in process only")
+        order = "patches-first" if self.patches_first else "state-first"
+        facts = {"id": self.id, "after": self.after, "steps": self.steps, "patches": self.patches, "order": order, "room": self.room}
+        told = {"architectures": [f"Latent{architecture}"], "latent": {**facts, "think": self.think}}
+        size = max(int(config.get_text_config().vocab_size), self.id + self.room + 1)
+        told |= {"vocab_size": size, **({} if architecture in TEXT else {"text_config": {"vocab_size": size}})}
+        graphs = ("--disable-cuda-graph",) if self.patches else ()  # whose row is needed differs from step to step
+        return "--json-model-override-args", json.dumps(told), *graphs
+
+    @classmethod
+    def told(cls, server: Mapping[str, Any]) -> Thinking | None:
+        """As a server says that it was started; None where it takes no latent steps."""
+        facts = json.loads(server.get("json_model_override_args") or "{}").get("latent")
+        if facts is None:
+            return None
+        order = facts.pop("order", "state-first")
+        return cls(**facts, patches_first=order == "patches-first")
+
+    @property
+    def places(self) -> int:
+        """Most places that thoughts take between prompt and reply."""
+        return self.steps * (self.patches + 1)
+
+    def admit(self, prompt: Prompt, images: Sequence[ImageFacts]) -> None:
+        """Raises RequestRefused for a prompt over which the server would not think, or not as in process."""
+        if prompt.ids[-1] != self.after:
+            raise RequestRefused(f"the server thinks after id {self.after}; expected a prompt that ends with it, got {prompt.ids[-1]}")
+        seen = sum(image.placeholder_count for image in images)
+        if self.patches and not self.steps * self.patches <= seen <= self.room:
+            least = f"{self.steps * self.patches} (steps x patches)"
+            raise RequestRefused(
+                f"expected pictures with {least} to {self.room} places for a server that thinks, got {seen}; think in process"
+            )
+
+    def spelled(self, chosen: Sequence[Sequence[int]]) -> tuple[int, ...]:
+        """The ids of steps with these patches."""
+        ids: list[int] = []
+        for step in chosen:
+            patches = [self.id + 1 + patch for patch in step]
+            ids += [*patches, self.id] if self.patches_first else [self.id, *patches]
+        return tuple(ids)
+
+    def apart(self, found: Generation, sampling: Sampling) -> Generation:
+        """A reply without the thoughts before it, which are told beside; no longer than was asked for.
+
+        Raises BackendError for thoughts that are not whole, and for some in the midst of words.
+        """
+        count = next((place for place, token in enumerate(found.ids) if token < self.id), len(found.ids))
+        width, end = self.patches + 1, min(len(found.ids), count + sampling.max_tokens)
+        steps = [found.ids[first : first + width] for first in range(0, count, width)]
+        chosen = [tuple(token - self.id - 1 for token in step if token > self.id) for step in steps]
+        if self.spelled(chosen) != found.ids[:count] or any(token >= self.id for token in found.ids[count:]):
+            raise BackendError(f"expected whole thoughts and then words from a server that thinks, got the ids {list(found.ids[:32])}")
+        if self.think is None and len(steps) != self.steps:
+            raise BackendError(f"expected {self.steps} latent steps before the reply, got {len(steps)}")
+        weights = tuple((name, max(0, first - count), min(end, last) - count) for name, first, last in found.weights if last > count)
+        return replace(
+            found,
+            ids=found.ids[count:end],
+            logprobs=None if found.logprobs is None else found.logprobs[count:end],
+            thoughts=tuple(Thought(chosen=patches) for patches in chosen),
+            weights=weights if len(weights) > 1 else (),
+            finish_reason=found.finish_reason if end == len(found.ids) else "length",
+        )

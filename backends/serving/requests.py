@@ -66,13 +66,13 @@ class Requests:
         rooms = tuple(self.eyes.placeholders(picture.image) for picture in prompt.pictures)
         return locate(prompt, rooms, self.eyes.image_token_id, self.eyes.processor_hash) if self.eyes.sees else ()
 
-    def generation(self, prompt: Prompt, images: Sequence[ImageFacts], sampling: Sampling) -> dict[str, Any]:
-        """A request to sample. Raises RequestRefused."""
+    def generation(self, prompt: Prompt, images: Sequence[ImageFacts], sampling: Sampling, thoughts: int = 0) -> dict[str, Any]:
+        """A request to sample, with so many places for thoughts beside the words. Raises RequestRefused."""
         parameters = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
-            "max_new_tokens": min(sampling.max_tokens, self.context_length - len(prompt.ids)),
+            "max_new_tokens": min(sampling.max_tokens + thoughts, self.context_length - len(prompt.ids)),
             "stop_token_ids": list(sampling.stop_ids),
             "ignore_eos": not sampling.stop_ids,
             "skip_special_tokens": False,

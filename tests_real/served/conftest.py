@@ -21,13 +21,23 @@ from tests_real.served.kit import PYTHON, Connect, Start
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts a server for a starter policy; all are stopped at the end."""
+    """Starts a server for a starter policy, or a folder; all are stopped at the end."""
     assert PYTHON.is_file(), "SGLang is not installed; run tests_real/install_sglang.sh (make test-sglang does)"
     logs, started = tmp_path_factory.mktemp("logs"), list[Server]()
 
     def one(role: str, *flags: str, port: int | None = None, **more: Any) -> Server:
-        log = logs / f"{role}-{len(started)}.log"
-        started.append(launch(str(starter(role)), python=str(PYTHON), device="cpu", log=log, port=port, flags=flags, **more))
+        log = logs / f"{Path(role).name}-{len(started)}.log"
+        started.append(
+            launch(
+                role if Path(role).is_absolute() else str(starter(role)),
+                python=str(PYTHON),
+                device="cpu",
+                log=log,
+                port=port,
+                flags=flags,
+                **more,
+            )
+        )
         return started[-1]
 
     yield one

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +38,19 @@ def running(url: str) -> int:
     """Requests that a server is working on."""
     with urllib.request.urlopen(f"{url}/v1/loads", timeout=5) as answer:
         return sum(int(one["num_running_reqs"]) for one in json.load(answer)["loads"])
+
+
+def flush(url: str, seconds: float = 30.0) -> None:
+    """Empties a server's cache as soon as it has nothing to do."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(f"{url}/flush_cache", b"", method="POST"), timeout=60):
+                return
+        except urllib.error.HTTPError:  # it is not idle yet
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def scaled(folder: Path, factor: float) -> Path:

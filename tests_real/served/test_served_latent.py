@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.request
 from typing import Any
 
 import pytest
@@ -10,12 +9,12 @@ import torch
 from torch import Tensor
 
 from monologue.backends.base import Sampling
-from monologue.backends.checkpoints import open_checkpoint
+from monologue.backends.checkpoints import open_checkpoint, open_config
 from monologue.backends.perception.ivtlr import Asked, LatentReasoner, Mode, prompts
 from monologue.backends.sampling import log_distribution
-from monologue.backends.serving.latent import ENVIRONMENT, Thinking
+from monologue.backends.serving.latent import Thinking, environment
 from monologue.backends.serving.launch import Server
-from tests_real.served.kit import Start, post
+from tests_real.served.kit import Start, flush, post
 
 THINKING = Thinking(id=139, after=5, steps=3)
 PLAIN = Sampling(temperature=1.0)
@@ -27,7 +26,8 @@ Reply = tuple[list[int], list[float]]
 
 @pytest.fixture(scope="module")
 def server(start: Start) -> Server:
-    return start("questioner", *THINKING.flags("Qwen3ForCausalLM"), extra=ENVIRONMENT)
+    config = open_config("starter:questioner")
+    return start("questioner", *THINKING.flags(config), extra=environment(config))
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +59,6 @@ def far(one: list[float], other: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
-def flush(server: Server) -> None:
-    with urllib.request.urlopen(urllib.request.Request(f"{server.url}/flush_cache", b"", method="POST"), timeout=60) as done:
-        assert done.status == 200
-
-
 def test_prompts_that_think_and_prompts_that_do_not_are_answered_together_as_in_process(server: Server, model: Any) -> None:
     replies, _ = sample(server, PROMPTS)
     for ids, (reply, values) in zip(PROMPTS, replies, strict=True):
@@ -89,11 +84,11 @@ def test_the_engine_and_the_server_choose_the_same_words(server: Server, model: 
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_second_turn_is_right_over_kept_thoughts_and_over_thoughts_read_again(server: Server, model: Any, kept: bool) -> None:
-    flush(server)
+    flush(server.url)
     first = [[*ids, *reply] for ids, (reply, _) in zip(PROMPTS, sample(server, PROMPTS)[0], strict=True)]
     second = [[*ids, 70, 71, THINKING.after] for ids in first]
     if not kept:
-        flush(server)
+        flush(server.url)
     replies, cached = sample(server, second)
     assert all((count > 0) == kept for count in cached)
     for ids, (reply, values) in zip(second, replies, strict=True):
@@ -102,7 +97,7 @@ def test_a_second_turn_is_right_over_kept_thoughts_and_over_thoughts_read_again(
 
 
 def test_a_prefix_that_ends_within_a_thought_is_taken_up_there(server: Server, model: Any) -> None:
-    flush(server)
+    flush(server.url)
     [(reply, _)], _ = sample(server, [PROMPTS[0]])
     cut = [*PROMPTS[0], *reply[:2]]  # two thoughts of three
     [(rest, values)], [cached] = sample(server, [cut])
@@ -112,7 +107,7 @@ def test_a_prefix_that_ends_within_a_thought_is_taken_up_there(server: Server, m
 
 def test_a_recorded_reply_is_scored_as_it_was_sampled(server: Server) -> None:
     replies, _ = sample(server, PROMPTS)
-    flush(server)
+    flush(server.url)
     whole = [[*ids, *reply] for ids, (reply, _) in zip(PROMPTS, replies, strict=True)]
     asked = {"input_ids": whole, "sampling_params": {"max_new_tokens": 0}, "return_logprob": True, "logprob_start_len": 0}
     for ids, (reply, values), answer in zip(PROMPTS, replies, post(server.url, "/generate", asked), strict=True):

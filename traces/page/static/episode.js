@@ -178,7 +178,7 @@ function Latents({ latents }) {
       ${latents.map(
         (latent) => html`<tr>
           <td>${latent.step + 1}</td><td>${latent.words.length > 0 ? nearest(latent) : "not recorded"}</td>
-          <td>${latent.chosen.map((patch) => patch + 1).join(", ") || "none"}</td><td>${round(latent.norm)}</td>
+          <td>${latent.chosen.map((patch) => patch + 1).join(", ") || "none"}</td><td>${latent.norm == null ? "not told" : round(latent.norm)}</td>
         </tr>`,
       )}
     </tbody>
