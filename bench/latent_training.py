@@ -39,7 +39,7 @@ LAYERS, WIDTH, VOCABULARY = CONFIGURATIONS["8x512"]
 
 def training(base: Any, arm: str) -> Callable[[int], None]:
     """One step of the engine."""
-    mode = replace(OURS, k=K, gradients="detached" if arm == "detached" else "full")
+    mode = replace(OURS, order="state-first", k=K, gradients="detached" if arm == "detached" else "full")
 
     def step(seed: int) -> None:
         base.set_attn_implementation("sdpa")

@@ -108,8 +108,9 @@ def _thinking(model: str) -> tuple[tuple[str, ...], dict[str, str]]:
             f"the prompts of {model!r} end with words of its chat template, after which a server cannot tell whether to think; serve it by "
             "monologue.backends.serving.latent, with an id that nothing else says before its thoughts"
         )
+    after = tokenizer.get_vocab()["<assistant>"]
     try:
-        thinking = Thinking.of(habit_of(model), config, tokenizer.convert_tokens_to_ids("<assistant>"), ROOM)
+        thinking = Thinking.of(habit_of(model), config, after, ROOM)
         return thinking.flags(config), environment(config)
     except ValueError as error:
         raise UsageError(str(error)) from error

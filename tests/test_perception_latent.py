@@ -32,7 +32,7 @@ MODES = {
     "ours": OURS,
     "paper": PAPER,
     "reference": REFERENCE,
-    "state selects": replace(OURS, selects="state"),
+    "state selects": replace(OURS, selects="state", order="state-first"),
     "placed, nothing but patches": replace(OURS, positions="placed", bottleneck="picture"),
     "no state, picture hidden": replace(OURS, thought="none", bottleneck="question"),
     "random, reused": replace(OURS, patches="random", reuse=True),

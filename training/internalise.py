@@ -7,7 +7,8 @@ curriculum is that of Deng et al. 2405.14838 and Coconut 2412.06769 with one lat
 Of a dialogue, the replies alone may be said (``words = "replies"``). Where a question only repeats what was just found, that is what lets
 the second step be learned: after one reply the next follows at once, so the place that says a reply is the place that looks up the next,
 and putting a state there in its stead changes nothing but who wrote it. With the questions in between, a state that begins a step must
-first say a question's first word and, a stage later, look up instead: in our world no stage got over that (``docs/log.md``).
+first say a question's first word and, a stage later, look up instead: without an anchor no stage of ours got over that, with one all did
+(``bench/hops.py``, arm ``dialogue``).
 
 ``gradients`` decides what trains a latent state: ``full`` back-propagates through all latent steps; ``detached`` is the released code, in
 which no consumer of a state ever reaches its producer; ``anchor`` > 0 adds a loss that needs no graph across steps: the state that begins

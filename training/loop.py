@@ -133,6 +133,7 @@ class StreamTrainer(Trainer):
         if not self._sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
+        assert self.optimizer is not None and self.lr_scheduler is not None
         moments = gathered(self.optimizer.state_dict())
         if self.args.should_save:
             torch.save(moments, Path(output_dir) / OPTIMIZER_NAME)

@@ -6,9 +6,10 @@ embeddings of K chosen places of the picture. The paper and its released code di
     PAPER       [state][patches] as formula, figure and algorithm 1 have it; gradients through the states (it speaks of no truncation)
     REFERENCE   the released code: [patches][state], positions counted flat (M-RoPE off), states detached, patches in the order of an
                 unsorted top-k; what it cannot do (a second picture, fewer patches than it wants) is refused here instead of going wrong
-    OURS        the default: the paper's order, the model's own positions, gradients through the states
+    OURS        the default: patches before the state, so that a step ends where the next word is said (0.998 against 0.69 with the paper's
+                order, ``bench/hops.py``), the model's own positions, gradients through the states
 
-What was left out: a choice of layers or heads for selection (all of them, averaged), and learned selection.
+What was left out: a choice of layers or heads for selection (all of them, averaged).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Literal, get_args, get_type_hints
 class Mode:
     """One way to take latent steps. Raises ValueError for values that are not listed and for sets that contradict themselves."""
 
-    order: Literal["state-first", "patches-first"] = "state-first"
+    order: Literal["state-first", "patches-first"] = "patches-first"
     """Of a step's state and its patches in the sequence."""
     thought: Literal["state", "pause", "none"] = "state"
     """What a step feeds back: the last hidden state (after the final norm), the embedding of ``pause_id``, or nothing."""
@@ -67,6 +68,6 @@ class Mode:
 
 
 OURS = Mode()
-PAPER = Mode(positions="flat")
-REFERENCE = Mode(order="patches-first", positions="flat", gradients="detached", arrangement="released", scarce="refuse")
+PAPER = Mode(order="state-first", positions="flat")
+REFERENCE = Mode(positions="flat", gradients="detached", arrangement="released", scarce="refuse")
 MODES = {"ours": OURS, "paper": PAPER, "reference": REFERENCE}

@@ -79,7 +79,7 @@ class Thinking:
             raise ValueError(f"expected one of {known}, got {architecture!r}: its latent steps run in process only")
         order = "patches-first" if self.patches_first else "state-first"
         facts = {"id": self.id, "after": self.after, "steps": self.steps, "patches": self.patches, "order": order, "room": self.room}
-        told = {"architectures": [f"Latent{architecture}"], "latent": {**facts, "think": self.think}}
+        told: dict[str, Any] = {"architectures": [f"Latent{architecture}"], "latent": {**facts, "think": self.think}}
         size = max(int(config.get_text_config().vocab_size), self.id + self.room + 1)
         told |= {"vocab_size": size, **({} if architecture in TEXT else {"text_config": {"vocab_size": size}})}
         graphs = ("--disable-cuda-graph",) if self.patches else ()  # whose row is needed differs from step to step
