@@ -194,6 +194,28 @@ def test_an_anchor_on_a_state_trains_what_made_it_even_where_states_are_detached
     assert float(grad.abs().max()) > 0
 
 
+@pytest.mark.parametrize("name", ["ours", "state selects"])
+def test_a_straight_through_choice_feeds_the_same_and_teaches_attention_what_a_mixture_would(name: str) -> None:
+    model, given, mode = tiny.exact(tiny.seeing_model("qwen2")), ragged("qwen2")[:2], MODES[name]
+    weights, found = [decoder(model).layers[0].self_attn.q_proj.weight, decoder(model).layers[1].self_attn.k_proj.weight], {}
+    for choice in ("hard", "through"):
+        fed: list[Tensor] = []
+        kept = Edits(patches=lambda step, patches, fed=fed: fed.append(patches.requires_grad_()) or patches)  # type: ignore[misc]
+        reasoner = LatentReasoner(model, replace(mode, choice=choice))
+        thoughts = reasoner.think(prompts(model, given), 1, edits=kept)
+        logits = reasoner.read(thoughts, SAID[:2])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), SAID[:2].flatten())
+        assert thoughts.scores is not None and thoughts.scores.requires_grad == (choice == "through")
+        grads = torch.autograd.grad(loss, [*weights, fed[0]], retain_graph=True)
+        shares = thoughts.scores[:, 0] / thoughts.scores[:, 0].sum(1, keepdim=True)
+        found[choice] = logits, grads, (shares.unsqueeze(1) @ prompts(model, given).pool.detach())
+    (hard, plain, _), (soft, taught, mixed) = found["hard"], found["through"]
+    assert torch.equal(hard, soft)
+    wanted = torch.autograd.grad((taught[2] * mixed).sum(), weights)
+    for one, other, more in zip(taught, plain, wanted, strict=False):
+        assert close(one, other + more) and float(more.abs().max()) > 1e-6
+
+
 def test_patches_are_taken_once_unless_they_may_be_reused(models: dict[str, Any]) -> None:
     given = [asked("qwen2", 3, ((3, 3),), 0)]
     once = run(models["qwen2"], replace(OURS, k=3), given, 3)[0].chosen[0].flatten().tolist()
@@ -295,7 +317,7 @@ def test_behind_the_bottleneck_only_chosen_patches_are_seen(models: dict[str, An
 
 def test_attention_that_chooses_looks_past_the_bottleneck(models: dict[str, Any]) -> None:
     for selects in ("row", "state"):
-        mode = replace(MODES["ours"], bottleneck="picture", selects=selects)  # type: ignore[arg-type]
+        mode = replace(MODES["ours"], order="state-first", bottleneck="picture", selects=selects)  # type: ignore[arg-type]
         thoughts = run(models["qwen2"], mode, [asked("qwen2", 3, ((3, 3),), 0)], 2)[0]
         assert thoughts.scores is not None and bool((thoughts.scores > 0).all())
 
@@ -331,8 +353,8 @@ def test_a_placed_patch_keeps_its_place_in_the_picture(models: dict[str, Any]) -
     hook.remove()
     prompt, step, words = read
     after = int(prompt.max()) + 1
-    assert torch.equal(step[:, 0, 0], torch.tensor([after] * 3))
-    assert torch.equal(step[:, 0, 1:], prompt[:, 0, [2 + 2, 2 + 3]])
+    assert torch.equal(step[:, 0, 2], torch.tensor([after] * 3))
+    assert torch.equal(step[:, 0, :2], prompt[:, 0, [2 + 2, 2 + 3]])
     assert words[:, 0].tolist() == [[after + 1, after + 2, after + 3]] * 3
 
 

@@ -192,6 +192,15 @@ def test_stages_follow_one_another_each_with_its_own_warm_up() -> None:
     assert recipe.rate(0) == recipe.rate(30) == pytest.approx(0.1) and recipe.rate(69) < 0.05 < recipe.rate(45)
 
 
+def test_a_share_of_batches_rehearses_earlier_stages_and_none_the_ones_left_out() -> None:
+    recipe = Latent.read({**FAST, "steps": [100, 0, 300, 400], "rehearsal": 0.4})
+    practised = [[recipe.practised(step) for step in range(first, last)] for first, last in ((0, 100), (100, 400), (400, 800))]
+    assert set(practised[0]) == {0} and set(practised[1]) == {0, 2} and set(practised[2]) == {0, 2, 3}
+    assert 0.3 < sum(stage < 3 for stage in practised[2]) / 400 < 0.5
+    assert practised[2] == [recipe.practised(step) for step in range(400, 800)], "a resumed training rehearses the same"
+    assert all(recipe.model_copy(update={"rehearsal": 0.0}).practised(step) == recipe.stage(step)[0] for step in range(800))
+
+
 def test_every_rationale_comes_once_before_any_comes_again() -> None:
     place = endless(5, 3)
     first, second = [place(index) for index in range(5)], [place(index) for index in range(5, 10)]
