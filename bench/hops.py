@@ -19,10 +19,11 @@ time. From there
     dialogue    as ``hidden``, but from ``spoken``: whole turns are internalised, not replies
     k1, k3      patches a step   n1 .. n3  so many latent steps for four look-ups, the rest of the rationale dropped
     blind-*     the picture hidden from everything behind the question: states and words see one re-read patch a step only, which an
-                oracle gives, which is attended to (by the state itself, or by the row that made it), drawn, or none. Half a rationale
-                could not be said then, so these learn by the number of hops, none to three, and each state shall
-                name its finding; the state comes first, so that it can be asked what it wants. What the question itself took from
-                the picture, ``blind-none`` shows
+                oracle gives, which is attended to (by the state itself, or by the row that made it), drawn, or none. Choosing carries no
+                gradient; ``through`` gives it one, straight through, and ``taught`` has a loss on the attention that chooses, while
+                it learns, and chooses by itself when examined. Half a rationale could not be said behind the bottleneck, so all
+                of these learn by the number of hops, none to three, and each state shall name its finding; the state comes first,
+                so that it can be asked what it wants. What the question itself took from the picture, ``blind-none`` shows
 
 Validation problems show how a stage ends; the figures are of test problems of another seed than the trials' (theirs were seen while the
 recipe was sought). What is done already is not done again and a killed training is resumed, so the command can be stopped and repeated.
@@ -89,7 +90,9 @@ class Arm:
     latents: int = LOOKUPS
     """Latent steps; the rest of the rationale is dropped."""
     oracle: bool = False
-    """The cell that a state asks for is re-read behind it."""
+    """The cell that a state asks for is re-read behind it; or, with ``looks``, shall be chosen."""
+    looks: float = 0.0
+    """Weight of the loss on the attention that chooses."""
     begins: str = "explicit"
     """The arm whose model is the start."""
     blind: bool = False
@@ -114,6 +117,8 @@ ARMS: dict[str, Arm] = {
     "dialogue": Arm(HIDDEN, anchor=1.0, begins="spoken"),
     "blind-oracle": Arm(BLIND, anchor=1.0, oracle=True, blind=True),
     "blind-state": Arm({**BLIND, "selects": "state"}, anchor=1.0, blind=True),
+    "blind-through": Arm({**BLIND, "selects": "state", "choice": "through"}, anchor=1.0, blind=True),
+    "blind-taught": Arm({**BLIND, "selects": "state", "choice": "through"}, anchor=1.0, oracle=True, looks=1.0, blind=True),
     "blind-attended": Arm(BLIND, anchor=1.0, blind=True),
     "blind-random": Arm({**BLIND, "patches": "random"}, anchor=1.0, blind=True),
     "blind-none": Arm({**BLIND, "patches": "none"}, anchor=1.0, blind=True),
@@ -203,6 +208,8 @@ class World:
         for first in range(0, count, EXAMINED):
             some = list(zip(places, starts, strict=True))[first : first + EXAMINED]
             lessons = [self.lesson(place, start, kept, hops) for place, start in some]
+            if self.arm.looks:  # taught to choose; now it does
+                lessons = [replace(one, chosen=()) for one in lessons]
             with torch.no_grad():
                 found.append(causal.Exam(self.embed(model, lessons), lessons, [one.way for one in lessons]))
         return found
@@ -232,7 +239,9 @@ def recipe_of(name: str, seed: int, plan: argparse.Namespace) -> Latent:
     frozen = ["visual", "embed_tokens"]
     common = {"task": "hops", "lr": plan.lr, "batch": plan.batch, "warmup": 100, "save_every": 200, "clip": 1.0, "seed": seed}
     common |= {"optimizer": "muon", "floor": 0.1, "words": "dialogue" if "spoken" in (name, arm.begins) else "replies"}
-    return Latent.read({**common, "mode": arm.mode, "settings": settings, "anchor": arm.anchor, "steps": steps, "frozen": frozen})
+    return Latent.read(
+        {**common, "mode": arm.mode, "settings": settings, "anchor": arm.anchor, "looks": arm.looks, "steps": steps, "frozen": frozen}
+    )
 
 
 def made(name: str, folder: Path, seed: int, plan: argparse.Namespace) -> dict[str, Any]:

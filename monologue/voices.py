@@ -57,7 +57,7 @@ def lessons_of(recipe: Latent, checkpoint: Checkpoint, named: Callable[[str, str
     """The i-th lesson of a training for one checkpoint. Raises RecipeError, RunError, TaskError, CodecError."""
     inputs, rationale = Inputs(checkpoint), rationales_of(recipe, named)
     voice = voice_of(checkpoint, inputs)
-    return lambda index: lesson(rationale(index), voice, inputs, recipe.words == "replies")
+    return lambda index: lesson(rationale(index), voice, inputs, recipe.words == "replies", recipe.looks > 0)
 
 
 def rationales_of(recipe: Latent, named: Callable[[str, str | None], Task]) -> Callable[[int], Rationale]:

@@ -143,9 +143,33 @@ def test_an_anchor_reaches_the_states_that_detached_words_do_not_train(opened: C
     assert thoughts.states.requires_grad and not thoughts.fed.requires_grad
     lost = internalisation(reasoner, given, lessons, 2, Objective(anchor=1.0), 0)
     assert lost.anchor is not None
-    torch.testing.assert_close(lost.total(2.0), lost.words + 2 * lost.anchor)
+    torch.testing.assert_close(lost.total(Objective(anchor=2.0)), lost.words + 2 * lost.anchor)
     model.requires_grad_(False)
     assert gradient(opened, lessons, Objective(anchor=1.0), gradients="detached") > 0
+
+
+def test_a_loss_on_looks_is_that_of_the_shares_which_needed_patches_have_in_the_attention(
+    opened: Checkpoint, lessons: list[Lesson]
+) -> None:
+    mode = dataclasses.replace(OURS, k=1, choice="through")
+    known = [dataclasses.replace(one, chosen=((3,), (1, 2))) for one in lessons]
+    assert not any(one.chosen for one in lessons)
+    given = prompts(opened.model, [one.asked for one in known])
+    opened.model.requires_grad_(True)
+    reasoner = LatentReasoner(opened.model, mode)
+    lost = internalisation(reasoner, given, known, 2, Objective(looks=0.5), 0)
+    scores = reasoner.think(given, 2).scores
+    assert scores is not None and lost.looks is not None
+    logs = (scores / scores.sum(-1, keepdim=True)).log()
+    torch.testing.assert_close(lost.looks, -torch.cat([logs[:, 0, [3]], logs[:, 1, [1, 2]]], dim=1).mean())
+    torch.testing.assert_close(lost.total(Objective(looks=0.5)), lost.words + lost.looks / 2)
+    weight = opened.model.model.language_model.layers[0].self_attn.q_proj.weight
+    (grad,) = torch.autograd.grad(lost.looks, [weight])
+    assert float(grad.abs().max()) > 0
+    opened.model.requires_grad_(False)
+    for wrong, taught in ((lessons, mode), (known, dataclasses.replace(mode, choice="hard"))):
+        with pytest.raises(ValueError, match="say which patches"):
+            internalisation(LatentReasoner(opened.model, taught), given, wrong, 2, Objective(looks=0.5), 0)
 
 
 def test_a_learned_stop_thinks_once_a_step_and_asks_every_state_to_go_on(opened: Checkpoint, lessons: list[Lesson]) -> None:
@@ -220,6 +244,7 @@ def test_every_rationale_comes_once_before_any_comes_again() -> None:
         ({"folder": "somewhere"}, "where the files"),
         ({"task": "", "run": "runs/x", "families": "hop1"}, "families"),
         ({"anchor": 1.0, "steps": [5]}, "of which there are none"),
+        ({"looks": 1.0}, "choice='through'"),
     ],
 )
 def test_a_recipe_that_contradicts_itself_is_refused(change: dict[str, Any], told: str) -> None:

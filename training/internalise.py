@@ -14,6 +14,9 @@ first say a question's first word and, a stage later, look up instead: without a
 which no consumer of a state ever reaches its producer; ``anchor`` > 0 adds a loss that needs no graph across steps: the state that begins
 step i shall name the first word of what step i found (of the family of CODI's and SIM-CoT's step supervision).
 
+``looks`` > 0 adds a loss on the attention that chooses patches, where a lesson says which ones a step needs: cross-entropy of the shares
+that the picture's places have in it. Choosing by itself carries no gradient; ``choice = "through"`` gives it an indirect one.
+
 ``stop``: ``fixed`` takes as many latent steps as there were stages for every problem, as the paper does; ``learned`` takes one for each
 step that a problem has. A state then says ``think`` (a word of the tokenizer that nothing else uses) while it has not finished, and
 whoever runs the model goes on while that is likelier than not. The anchor is read with that word left out, so the two losses share no
@@ -39,7 +42,7 @@ from monologue.backends.inputs import Inputs
 from monologue.backends.perception.ivtlr import LatentReasoner, Thoughts
 from monologue.backends.perception.prompts import Asked, Prompts
 from monologue.traces.images import Picture
-from monologue.training.rationales import Rationale
+from monologue.training.rationales import Rationale, RationaleError
 
 IGNORED = -100
 Ids = tuple[int, ...]
@@ -74,24 +77,29 @@ class Lesson:
     ending: Ids
     """Answer and stop."""
     chosen: tuple[Ids, ...] = ()
-    """Patches that each latent step is to read again, as an oracle knows them; empty: the model chooses."""
+    """Patches that each latent step is to read again, as an oracle knows them: it takes them, or with ``looks`` shall choose them; empty:
+    the model chooses.
+    """
 
     def left(self, thought: int) -> Ids:
         """What is still said after so many latent steps."""
         return tuple(token for step in self.steps[thought:] for token in step) + self.ending
 
 
-def lesson(rationale: Rationale, voice: Voice, inputs: Inputs, replies: bool = False) -> Lesson:
-    """In the tokens and pixels of one checkpoint; ``replies``: of a step only what it found.
+def lesson(rationale: Rationale, voice: Voice, inputs: Inputs, replies: bool = False, looks: bool = False) -> Lesson:
+    """In the tokens and pixels of one checkpoint; ``replies``: of a step only what it found; ``looks``: with the patches that steps need.
 
-    Raises CodecError, PictureError, RequestRefused.
+    Raises CodecError, PictureError, RequestRefused, RationaleError where nobody says which patches those are.
     """
+    if looks and len(rationale.way) != len(rationale.steps):
+        raise RationaleError(f"looks wants a patch for each of {len(rationale.steps)} steps, but {rationale.id!r} names {rationale.way!r}")
     images = [picture() for picture in rationale.pictures]
     ids = voice.prompt(rationale, [Picture("", image) for image in images])  # nothing is recorded, so nobody asks for a hash
     pixels, grids = inputs.pixels(images) if images else (None, None)
     asked = Asked(ids, pixels, grids, inputs.positions(ids, grids))
     steps = tuple(voice.said(step.found if replies else step.text) for step in rationale.steps)
-    return Lesson(asked, steps, tuple(voice.said(step.gist)[0] for step in rationale.steps), voice.ending(rationale.answer))
+    gists, needed = tuple(voice.said(step.gist)[0] for step in rationale.steps), tuple((patch,) for patch in rationale.way)
+    return Lesson(asked, steps, gists, voice.ending(rationale.answer), needed if looks else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +108,8 @@ class Objective:
 
     anchor: float = 0.0
     """Weight of the anchor loss; 0 leaves it out."""
+    looks: float = 0.0
+    """Weight of the loss on the attention that chooses; 0 leaves it out."""
     think: int | None = None
     """Id that says "not finished"; None: the number of steps is fixed."""
     banned: Ids = ()
@@ -120,10 +130,13 @@ class Lost:
     """Mean over latent steps that have a gist."""
     stop: Tensor | None
     """Mean over latent steps: that each says it is not the last."""
+    looks: Tensor | None
+    """Mean over the patches that steps need."""
 
-    def total(self, weight: float) -> Tensor:
-        """With this weight on the anchor."""
-        return self.words + (weight * self.anchor if self.anchor is not None else 0) + (self.stop if self.stop is not None else 0)
+    def total(self, objective: Objective) -> Tensor:
+        """With the objective's weights."""
+        parts = ((self.anchor, objective.anchor), (self.stop, 1.0), (self.looks, objective.looks))
+        return self.words + sum(weight * part for part, weight in parts if part is not None)
 
 
 def internalisation(
@@ -132,14 +145,15 @@ def internalisation(
     """Losses of a batch at a stage; ``seed`` is for modes that draw patches."""
     counts = objective.latents(lessons, stage)
     seeds = [seed * 100_003 + lane for lane in range(len(lessons))] if reasoner.mode.patches == "random" else None
-    chosen = forced(lessons, stage)
+    chosen = None if objective.looks else forced(lessons, stage)
     thoughts = reasoner.think(given, counts, seeds=seeds, chosen=None if chosen is None else chosen.to(given.embeds.device))
     ids, valid = (one.to(given.embeds.device) for one in left(lessons, counts))
     logits = _without(reasoner.read(thoughts, ids, valid), objective.banned)  # (B, T, V)
     words = F.cross_entropy(logits.flatten(0, 1), ids.masked_fill(~valid, IGNORED).flatten(), ignore_index=IGNORED)
     anchor = _anchored(reasoner, thoughts, lessons, counts, objective) if objective.anchor and stage else None
     stop = _unfinished(reasoner, thoughts, counts, objective) if objective.think is not None and stage else None
-    return Lost(words, anchor, stop)
+    looks = _looked(thoughts, lessons, counts) if objective.looks and stage else None
+    return Lost(words, anchor, stop, looks)
 
 
 def left(lessons: Sequence[Lesson], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -170,6 +184,18 @@ def _anchored(
     silent = (*objective.banned, *(() if objective.think is None else (objective.think,)))
     logits = _without(reasoner.say(thoughts.states), silent)  # (B, n, V)
     return F.cross_entropy(logits.flatten(0, 1), torch.tensor(rows, device=logits.device).flatten(), ignore_index=IGNORED)
+
+
+def _looked(thoughts: Thoughts, lessons: Sequence[Lesson], counts: Sequence[int]) -> Tensor:
+    """Attention chooses what lessons say that steps need."""
+    if thoughts.scores is None or not thoughts.scores.requires_grad or not any(one.chosen for one in lessons):
+        raise ValueError("looks needs attended patches with choice='through', and lessons that say which patches a step needs")
+    needed = torch.zeros_like(thoughts.scores)  # (B, n, J)
+    for lane, (one, count) in enumerate(zip(lessons, counts, strict=True)):
+        for step, patches in enumerate(one.chosen[:count]):
+            needed[lane, step, list(patches)] = 1.0
+    shares = thoughts.scores / thoughts.scores.sum(-1, keepdim=True)
+    return -(needed * shares.clamp(min=torch.finfo(shares.dtype).tiny).log()).sum() / needed.sum().clamp(min=1)
 
 
 def _unfinished(reasoner: LatentReasoner, thoughts: Thoughts, counts: Sequence[int], objective: Objective) -> Tensor:

@@ -69,6 +69,8 @@ class Latent(BaseModel):
     """Fields of the mode to be set otherwise, e.g. ``{k = 2, gradients = "detached", bottleneck = "question"}``."""
     anchor: float = Field(0.0, ge=0)
     """Weight of the anchor loss."""
+    looks: float = Field(0.0, ge=0)
+    """Weight of the loss that attention shall choose the patches which a lesson says a step needs; wants ``choice = "through"``."""
     stop: Literal["fixed", "learned"] = "fixed"
     """Number of latent steps."""
     think: str = ""
@@ -122,7 +124,11 @@ class Latent(BaseModel):
             raise RecipeError(f"a run has the families that were played: leave families={found.families!r} out")
         if (found.anchor or found.think) and (not found.latents or found.as_mode().thought == "none"):
             raise RecipeError(f"anchor={found.anchor} and think={found.think!r} are read from latent states, of which there are none here")
-        found.as_mode()
+        mode = found.as_mode()
+        if found.looks and (mode.patches, mode.choice) != ("attended", "through"):
+            raise RecipeError(
+                f"looks={found.looks} teaches attention to choose: it wants patches='attended' and choice='through', got {mode!r}"
+            )
         return found
 
     @property
@@ -233,7 +239,7 @@ class _Training:
     ) -> None:
         self.recipe, self.checkpoint, self.lessons, self.out, self.after = recipe, checkpoint, lessons, out, after
         self.embed = embed or (lambda model, lessons: prompts(model, [one.asked for one in lessons]))
-        self.objective = Objective(recipe.anchor, think_id(recipe, checkpoint.tokenizer), Inputs(checkpoint).banned)
+        self.objective = Objective(recipe.anchor, recipe.looks, think_id(recipe, checkpoint.tokenizer), Inputs(checkpoint).banned)
         self.model = _Learner(checkpoint, recipe.frozen)
         self.reasoner = LatentReasoner(checkpoint.model, recipe.as_mode())
         self.lines: list[dict[str, Any]] = []
@@ -283,10 +289,10 @@ class _Training:
         lost = internalisation(self.reasoner, given, lessons, self.recipe.practised(step), self.objective, seed)
         self.facts = {
             name: round(float(part.detach()), 5)
-            for name, part in (("words", lost.words), ("anchor", lost.anchor), ("stop", lost.stop))
+            for name, part in (("words", lost.words), ("anchor", lost.anchor), ("stop", lost.stop), ("looks", lost.looks))
             if part is not None
         }
-        return lost.total(self.recipe.anchor)
+        return lost.total(self.objective)
 
     def ended(self, step: int) -> None:
         """A step was taken; step is its number from 1."""

@@ -51,6 +51,8 @@ class Rationale:
     steps: tuple[Step, ...]
     answer: str
     """As the policy is to word it."""
+    way: tuple[int, ...] = ()
+    """The patch that each step looks up, where the task says so."""
 
 
 class RationaleError(ValueError):
@@ -67,7 +69,8 @@ def of_problem(problem: Problem) -> Rationale:
         steps = tuple(Step(text, text) for text in problem.extra["steps"] if text.strip())
     else:
         raise RationaleError(f"problem {problem.id!r} has neither an oracle monologue nor a rationale")
-    return Rationale(problem.id, problem.question, problem.choices, problem.pictures, steps, problem.choices[problem.gold])
+    way = tuple(problem.extra.get("way", ()))
+    return Rationale(problem.id, problem.question, problem.choices, problem.pictures, steps, problem.choices[problem.gold], way)
 
 
 def bare(problem: Problem) -> Rationale:
