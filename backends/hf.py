@@ -92,6 +92,7 @@ class HFBackend:
         self.processor_hash, self.image_token_id = self._inputs.processor_hash, self._inputs.image_token_id
         self._prefixes, self._threads = Prefixes(0 if habit else prefix_tokens), threads
         self._habit, self._decoder = habit, self._decoding(habit)
+        self._thoughts = habit.places if habit else 0
         self._facts = self._describe(source.source, version or source.version)
         self._batcher: Batcher[_Job, Any] = Batcher(
             self._run,
@@ -114,7 +115,7 @@ class HFBackend:
         started = time.perf_counter()
         images = self._admit(prompt, 1, sampling)
         seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
-        size = len(prompt.ids) + self._limit(prompt, sampling)
+        size = len(prompt.ids) + self._thoughts + self._limit(prompt, sampling)
         generation: Generation = await self._batcher.submit(_Generate(prompt, sampling, images, seed, started), size)
         return generation
 
@@ -124,7 +125,9 @@ class HFBackend:
             raise RequestRefused(f"expected ids that this model can sample, got {strange[0]!r}")
         if not ids:
             return ()
-        found: tuple[float, ...] = await self._batcher.submit(_Score(prompt, ids, sampling, images), len(prompt.ids) + len(ids))
+        found: tuple[float, ...] = await self._batcher.submit(
+            _Score(prompt, ids, sampling, images), len(prompt.ids) + self._thoughts + len(ids)
+        )
         return found
 
     async def load(self, weights: str, version: str) -> None:
@@ -167,17 +170,21 @@ class HFBackend:
         """Refuses what can never succeed; says where the pictures sit."""
         if not prompt.ids:
             raise RequestRefused("expected at least one prompt id, got none")
-        if len(prompt.ids) + room > self._facts.context_length:
-            raise RequestRefused(f"expected prompt and reply within {self._facts.context_length} tokens, got {len(prompt.ids)} + {room}")
+        if len(prompt.ids) + self._thoughts + room > self._facts.context_length:
+            told = f"{len(prompt.ids)} + {room}" + (f" and {self._thoughts} for thoughts" if self._thoughts else "")
+            raise RequestRefused(f"expected prompt and reply within {self._facts.context_length} tokens, got {told}")
         if strange := [token for token in (*prompt.ids, *sampling.stop_ids) if not 0 <= token < self._inputs.vocabulary]:
             raise RequestRefused(f"expected ids from 0 to {self._inputs.vocabulary - 1}, got {strange[0]!r}")
         if unseen := [token for token in prompt.ids if token in self._inputs.banned and token != self.image_token_id]:
             raise RequestRefused(f"expected no video placeholder, got id {unseen[0]!r}: this engine takes pictures only")
         rooms = tuple(self.placeholders(picture.image) for picture in prompt.pictures)
-        return locate(prompt, rooms, self.image_token_id, self.processor_hash) if self._inputs.sees else ()
+        images = locate(prompt, rooms, self.image_token_id, self.processor_hash) if self._inputs.sees else ()
+        if self._habit is not None:
+            self._habit.admit(images)
+        return images
 
     def _limit(self, prompt: Prompt, sampling: Sampling) -> int:
-        return min(sampling.max_tokens, self._facts.context_length - len(prompt.ids))
+        return min(sampling.max_tokens, self._facts.context_length - len(prompt.ids) - self._thoughts)
 
     def _run(self, tickets: _Tickets) -> None:
         """One batch, in the worker's thread; all its jobs are of one type."""

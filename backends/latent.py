@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from monologue.backends.base import BackendError, Thought
+from monologue.backends.base import BackendError, ImageFacts, RequestRefused, Thought
 from monologue.backends.decoding import Lane
 from monologue.backends.perception.ivtlr import LatentReasoner, Thoughts
 from monologue.backends.perception.modes import Mode
@@ -68,6 +68,19 @@ class Habit:
             return cls.heard(file.read_text())
         except (ValueError, TypeError, KeyError) as error:
             raise BackendError(f"{str(file)!r} does not say how to think: {error}") from error
+
+    @property
+    def places(self) -> int:
+        """Most places that thoughts take between prompt and reply."""
+        return self.steps * ((self.mode.thought != "none") + (self.mode.k if self.mode.patches != "none" else 0))
+
+    def admit(self, images: Sequence[ImageFacts]) -> None:
+        """Raises RequestRefused for a prompt over which this habit cannot be followed, before it is in a batch with others."""
+        seen, wanted = sum(image.placeholder_count for image in images), self.steps * self.mode.k
+        if self.mode.arrangement == "released" and len(images) != 1:
+            raise RequestRefused(f"expected one picture a prompt, as the released code does, got {len(images)}; use another mode")
+        if self.mode.scarce == "refuse" and self.mode.patches != "none" and not self.mode.reuse and seen < wanted:
+            raise RequestRefused(f"expected pictures with {wanted} patches (steps x k) or more, got {seen}; lower k, or scarce='fewer'")
 
     def halt(self, reasoner: LatentReasoner, banned: Sequence[int] = ()) -> Callable[[int, Tensor], Tensor] | None:
         """For ``LatentReasoner.think``: lanes whose state (B, D) says that it has finished, ``banned`` ids left out as in training."""

@@ -30,6 +30,8 @@ from monologue.backends.base import (
 )
 from monologue.backends.decoding import Decoder, Lane
 from monologue.backends.hf import HFBackend
+from monologue.backends.latent import Habit
+from monologue.backends.perception.modes import Mode
 from monologue.backends.places import fingerprint
 from monologue.backends.tokens import template_hash
 from tests import tiny_models as tiny
@@ -286,6 +288,21 @@ async def test_what_can_never_succeed_is_refused_alone(engines: dict[str, HFBack
     good, bad = await asyncio.gather(engine.generate(Prompt(words(4, 4)), GREEDY), engine.generate(prompt, GREEDY), return_exceptions=True)
     assert isinstance(good, Generation)
     assert isinstance(bad, RequestRefused) and reason in str(bad)
+
+
+async def test_a_prompt_that_cannot_be_thought_about_fails_alone_and_thoughts_count_against_the_context(
+    checkpoints: dict[str, Path],
+) -> None:
+    engine = HFBackend(checkpoints["qwen2"], window=0.1, habit=Habit(Mode(k=3, scarce="refuse"), 2))
+    seen, scarce = (shown(engine, words(4, 1), picture(*size, 1)) for size in ((84, 84), (56, 56)))
+    right, wrong = await asyncio.gather(engine.generate(seen, GREEDY), engine.generate(scarce, GREEDY), return_exceptions=True)
+    assert isinstance(right, Generation) and [len(one.chosen) for one in right.thoughts] == [3, 3]
+    assert isinstance(wrong, RequestRefused) and "6 patches" in str(wrong)
+    long = replace(seen, ids=(*seen.ids, *[9] * (tiny.CONTEXT - len(seen.ids) - 8 - 1)))
+    assert len((await engine.generate(long, replace(GREEDY, stop_ids=()))).ids) == 1
+    with pytest.raises(RequestRefused, match="and 8 for thoughts"):
+        await engine.generate(replace(long, ids=(*long.ids, 9)), GREEDY)
+    await engine.aclose()
 
 
 async def test_a_text_model_refuses_pictures_and_score_refuses_what_cannot_be_said(engines: dict[str, HFBackend]) -> None:
