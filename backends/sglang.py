@@ -91,6 +91,7 @@ class SGLangBackend:
 
         def told(part: dict[str, Any]) -> None:
             ids = tuple(token for token in part.get("output_ids") or () if self.thinking is None or token < self.thinking.id)
+            ids = ids[: sampling.max_tokens]
             if heard and ids:
                 here.call_soon_threadsafe(heard, ids)
 
@@ -104,12 +105,8 @@ class SGLangBackend:
 
     async def score(self, prompt: Prompt, ids: tuple[int, ...], sampling: Sampling) -> tuple[float, ...]:
         """Of the untempered, untruncated distribution alone; other samplings are refused, since the server cannot score them."""
-        if self.thinking and prompt.chosen is None:
-            raise RequestRefused(
-                "a server that thinks scores a reply after thoughts that are given: Prompt.chosen, as the trace holds them"
-            )
-        thoughts = self.thinking.spelled(prompt.chosen or ()) if self.thinking else ()
-        images = self._requests.admit(prompt, len(thoughts) + len(ids), sampling)
+        images = self._requests.admit(prompt, len(ids) + (self.thinking.places if self.thinking else 0), sampling)
+        thoughts = self.thinking.again(prompt, images) if self.thinking else ()
         prompt = replace(prompt, ids=prompt.ids + thoughts)
         if (sampling.temperature not in (0.0, 1.0)) or truncated(sampling):
             raise RequestRefused(f"the server scores at temperature 1 without truncation, not with {sampling!r}; replay in process instead")
@@ -197,6 +194,6 @@ async def _fleet(endpoints: Sequence[str], limit: int, attempts: int, timeout: f
 
 
 def _check_alike(told: Sequence[dict[str, Any]]) -> None:
-    models = {str(one["model_path"]) for one in told}
-    if len(models) > 1:
-        raise BackendError(f"expected servers of one model, got {sorted(models)!r}")
+    for fact in ("model_path", "json_model_override_args"):
+        if len(kinds := {str(one.get(fact)) for one in told}) > 1:
+            raise BackendError(f"expected servers of one model, alike in {fact}, got {sorted(kinds)!r}")

@@ -6,7 +6,7 @@ Both sample 64 replies from the same untrained questioner (it hardly ever ends b
 its share of odd ids, and take one step of GRPO without KL. Ours also plays through LangGraph, writes every step and the pictures to disk,
 reads them back, proves a sample by the gate, and has the engine load the new weights from a file; TRL does none of this. What ours saves
 grows with what a problem's episodes share, which is read once in sampling and once in training. So four settings are measured and none is
-chosen: the question alone or a picture's caption before it (about 24 and 140 ids), groups of 4 and of 8 (TRL's default).
+chosen: the question alone or a picture's caption before it (about 24 and 56 ids), groups of 4 and of 8 (TRL's default).
 
 Iterations after the first are timed; the arms take turns. It can lose: a ratio is TRL's seconds a sampled id over ours.
 """

@@ -101,7 +101,8 @@ def measure(turns: int, episodes: int, folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"turns": turns, "episodes": episodes}
     for arm in KEPT:
         row[f"{arm} play"] = round(played(folder / arm, arm, turns, episodes), 3)
-    row["same ids"] = sum(said(folder / "calls")[key] == ids for key, ids in said(folder / "streams").items()) / len(said(folder / "calls"))
+    one, other = (said(folder / arm) for arm in KEPT)
+    row["same ids"] = sum(other[key] == ids for key, ids in one.items()) / len(other)
     gradients: dict[str, list[torch.Tensor]] = {}
     for arm in KEPT:
         parts = [learned(folder / "streams", role, arm == "streams") for role in ROLES]

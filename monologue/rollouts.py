@@ -17,11 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from monologue.agents.hindsight import counterfactual, progress
 from monologue.agents.load import load_policy
 from monologue.agents.policy import Policy, close
 from monologue.backends.base import Sampling
-from monologue.backends.places import place
+from monologue.backends.places import fingerprint, place
 from monologue.graphs.play import play
 from monologue.graphs.registry import find
 from monologue.seating import chat_model, served, starter
@@ -73,8 +75,8 @@ class Rollouts:
             raise RunError(f"no episode of iteration {iteration} ended well: {summary.failed[0].error}")
 
     def begin(self, role: str, source: str, version: str) -> None:
-        """A server that somebody has given other weights gets those that training begins with. Raises BackendError."""
-        if self.seats[role].backend.facts.weights_version != version:
+        """Servers, whatever weights somebody has given them, get those that training begins with. Raises BackendError."""
+        if role in self.recipe.served:
             found = place(source)
             self._load(role, str(Path(found).absolute()) if Path(found).is_dir() else found, version)
 
@@ -142,7 +144,11 @@ def reinforce(
         return train(chosen, out, learners, None, resume=resume, **more)
     seats = seated(chosen)
     try:
-        return train(chosen, out, learners, Rollouts(chosen, task, seats), resume=resume, **more)
+        stage = Rollouts(chosen, task, seats)
+        if PartialState(cpu=chosen.device == "cpu").is_main_process:
+            for role in set(chosen.served) - set(chosen.trained):
+                stage.begin(role, source_of(chosen, role), fingerprint(place(source_of(chosen, role))))
+        return train(chosen, out, learners, stage, resume=resume, **more)
     finally:
         asyncio.run(close(seats.values()))
 
@@ -154,8 +160,7 @@ def seated(recipe: Reinforcement) -> dict[str, Policy]:
         heat, nucleus = (recipe.temperature, recipe.top_p) if role in recipe.trained else (0.0, 1.0)
         sampling = Sampling(heat, nucleus, max_tokens=recipe.max_tokens)
         if role in recipe.served:
-            began = source_of(recipe, role) if role in recipe.trained else None
-            found[role] = served(recipe.served[role], role, sampling, role, began)
+            found[role] = served(recipe.served[role], role, sampling, role, source_of(recipe, role))
             continue
         engine: dict[str, Any] = {"max_batch": TOGETHER, "device": recipe.device, "dtype": numbers}
         found[role] = load_policy(source_of(recipe, role), role, sampling=sampling, policy_id=role, **engine)

@@ -209,6 +209,10 @@ def test_a_straight_through_choice_feeds_the_same_and_teaches_attention_what_a_m
         grads = torch.autograd.grad(loss, [*weights, fed[0]], retain_graph=True)
         shares = thoughts.scores[:, 0] / thoughts.scores[:, 0].sum(1, keepdim=True)
         found[choice] = logits, grads, (shares.unsqueeze(1) @ prompts(model, given).pool.detach())
+    blind = [*given, asked("qwen2", 2, (), 2)]
+    with torch.no_grad():
+        _, both = run(model, replace(mode, choice="through"), blind, 1)
+    assert bool(both.isfinite().all()), "who has no picture has nothing to mix"
     (hard, plain, _), (soft, taught, mixed) = found["hard"], found["through"]
     assert torch.equal(hard, soft)
     wanted = torch.autograd.grad((taught[2] * mixed).sum(), weights)
@@ -273,6 +277,7 @@ def test_patches_that_are_not_there_cannot_be_replayed(models: dict[str, Any], w
         {"order": "state-last"},
         {"k": 0},
         {"selects": "state", "order": "patches-first"},
+        {"choice": "through", "patches": "random"},
         {"selects": "state", "thought": "none"},
         {"thought": "pause"},
         {"pause_id": 3},

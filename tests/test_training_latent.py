@@ -245,6 +245,7 @@ def test_every_rationale_comes_once_before_any_comes_again() -> None:
         ({"task": "", "run": "runs/x", "families": "hop1"}, "families"),
         ({"anchor": 1.0, "steps": [5]}, "of which there are none"),
         ({"looks": 1.0}, "choice='through'"),
+        ({"rehearsal": 0.2, "stop": "learned", "think": "<tool>"}, "stop='fixed' only"),
     ],
 )
 def test_a_recipe_that_contradicts_itself_is_refused(change: dict[str, Any], told: str) -> None:

@@ -194,8 +194,9 @@ def _looked(thoughts: Thoughts, lessons: Sequence[Lesson], counts: Sequence[int]
     for lane, (one, count) in enumerate(zip(lessons, counts, strict=True)):
         for step, patches in enumerate(one.chosen[:count]):
             needed[lane, step, list(patches)] = 1.0
-    shares = thoughts.scores / thoughts.scores.sum(-1, keepdim=True)
-    return -(needed * shares.clamp(min=torch.finfo(shares.dtype).tiny).log()).sum() / needed.sum().clamp(min=1)
+    least = torch.finfo(thoughts.scores.dtype).tiny
+    shares = thoughts.scores / thoughts.scores.sum(-1, keepdim=True).clamp(min=least)
+    return -(needed * shares.clamp(min=least).log()).sum() / needed.sum().clamp(min=1)
 
 
 def _unfinished(reasoner: LatentReasoner, thoughts: Thoughts, counts: Sequence[int], objective: Objective) -> Tensor:

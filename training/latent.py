@@ -124,6 +124,8 @@ class Latent(BaseModel):
             raise RecipeError(f"a run has the families that were played: leave families={found.families!r} out")
         if (found.anchor or found.think) and (not found.latents or found.as_mode().thought == "none"):
             raise RecipeError(f"anchor={found.anchor} and think={found.think!r} are read from latent states, of which there are none here")
+        if found.rehearsal and found.stop == "learned":
+            raise RecipeError(f"an earlier stage would teach to stop earlier: rehearsal={found.rehearsal} goes with stop='fixed' only")
         mode = found.as_mode()
         if found.looks and (mode.patches, mode.choice) != ("attended", "through"):
             raise RecipeError(

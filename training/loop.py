@@ -22,7 +22,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from monologue.training.collate import Batch, Collate
 from monologue.training.rows import Row
-from monologue.training.sharding import deal_out, gathered
+from monologue.training.sharding import gathered, shared_out
 
 Loss = Callable[[Any, Batch, float], Tensor]
 """Model, batch, number of trained ids in the step; gives the batch's part of the step's loss."""
@@ -134,15 +134,19 @@ class StreamTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         assert self.optimizer is not None and self.lr_scheduler is not None
-        moments = gathered(self.optimizer.state_dict())
+        moments = gathered(self.optimizer.state_dict(), self.args.should_save)
         if self.args.should_save:
             torch.save(moments, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self._sharded and checkpoint is not None:
-            deal_out(self.optimizer)
+        if not self._sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        moments = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True, mmap=True)
+        self.optimizer.load_state_dict(shared_out(moments, self.optimizer))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
 
 StreamLoss = Callable[[Any, Any], Tensor]

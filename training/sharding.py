@@ -51,20 +51,24 @@ def whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return gathered
 
 
-def gathered(state: Any) -> Any:
-    """An optimizer's ``state_dict`` in one piece, on the CPU. All processes must ask at once."""
+def gathered(state: Any, main: bool) -> Any:
+    """An optimizer's ``state_dict`` in one piece, on the CPU of the ``main`` process. All must ask at once; others keep nothing."""
     if isinstance(state, DTensor):
-        return state.full_tensor().cpu()
+        tensor = state.full_tensor()
+        return tensor.cpu() if main else None
     if isinstance(state, dict):
-        return {key: gathered(value) for key, value in state.items()}
+        return {key: gathered(value, main) for key, value in state.items()}
     return state
 
 
-def deal_out(optimizer: Any) -> None:
-    """Whole moments become those of each process's share of the weights. All processes must call this at once."""
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            if isinstance(weight, DTensor):
-                held = optimizer.state[weight]
-                moments = {name: value for name, value in held.items() if value.shape == weight.shape}
-                held |= {name: distribute_tensor(value, weight.device_mesh, weight.placements) for name, value in moments.items()}
+def shared_out(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """What ``gathered`` gave, one moment after another, as each process's share of the optimizer's weights. All must ask at once."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+
+    def share(value: Any, weight: Any) -> Any:
+        if not isinstance(weight, DTensor) or value.shape != weight.shape:
+            return value
+        return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
+
+    held = {place: {name: share(value, weights[place]) for name, value in moments.items()} for place, moments in state["state"].items()}
+    return {**state, "state": held}

@@ -63,6 +63,8 @@ class Mode:
             raise ValueError(f"k must be at least 1 (patches='none' takes none), got {self.k!r}")
         if self.selects == "state" and (self.order == "patches-first" or self.thought == "none"):
             raise ValueError("selects='state' needs the state in the sequence before its patches; use order='state-first' and a thought")
+        if self.choice == "through" and self.patches != "attended":
+            raise ValueError(f"choice='through' teaches attention to choose, so it needs patches='attended', got {self.patches!r}")
         if (self.thought == "pause") != (self.pause_id is not None):
             raise ValueError(f"pause_id must be given with thought='pause', and only then, got {self.pause_id!r} with {self.thought!r}")
 

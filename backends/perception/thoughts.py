@@ -154,7 +154,7 @@ class Thinking:
         found = self._pool.gather(1, chosen.clamp(min=0).unsqueeze(-1).expand(-1, -1, width))
         found = found.masked_fill((chosen < 0).unsqueeze(-1), 0.0)
         if self._mode.choice == "through" and self._scores is not None:
-            shares = self._scores / self._scores.sum(1, keepdim=True)  # (B, J)
+            shares = self._scores / self._scores.sum(1, keepdim=True).clamp(min=torch.finfo(self._scores.dtype).tiny)  # (B, J)
             mixed = shares.unsqueeze(1) @ self._pool  # (B, 1, D)
             found = found + (mixed - mixed.detach())
         return found if edits.patches is None else edits.patches(number, found)

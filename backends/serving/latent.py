@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MODELS = Path(__file__).parent / "models"
 PACKAGE = "monologue_latent"
+NO_GRAPHS = ("--cuda-graph-backend-decode=disabled", "--cuda-graph-backend-prefill=disabled")
+"""A forward that is captured would read words where thoughts stand."""
 TEXT = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
 SEEING = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
 
@@ -82,8 +84,7 @@ class Thinking:
         told: dict[str, Any] = {"architectures": [f"Latent{architecture}"], "latent": {**facts, "think": self.think}}
         size = max(int(config.get_text_config().vocab_size), self.id + self.room + 1)
         told |= {"vocab_size": size, **({} if architecture in TEXT else {"text_config": {"vocab_size": size}})}
-        graphs = ("--disable-cuda-graph",) if self.patches else ()  # whose row is needed differs from step to step
-        return "--json-model-override-args", json.dumps(told), *graphs
+        return "--json-model-override-args", json.dumps(told), *NO_GRAPHS
 
     @classmethod
     def told(cls, server: Mapping[str, Any]) -> Thinking | None:
@@ -110,6 +111,18 @@ class Thinking:
                 f"expected pictures with {least} to {self.room} places for a server that thinks, got {seen}; think in process"
             )
 
+    def again(self, prompt: Prompt, images: Sequence[ImageFacts]) -> tuple[int, ...]:
+        """The ids of the thoughts that a trace holds (``Prompt.chosen``), for scoring what was said after them. Raises RequestRefused."""
+        self.admit(prompt, images)
+        if prompt.chosen is None:
+            raise RequestRefused("a server that thinks scores a reply after thoughts that are given: Prompt.chosen, from the trace")
+        seen = sum(image.placeholder_count for image in images)
+        whole = all(len(set(step)) == len(step) == self.patches and all(0 <= patch < seen for patch in step) for step in prompt.chosen)
+        if not whole or len(prompt.chosen) > self.steps or (self.think is None and len(prompt.chosen) < self.steps):
+            told = f"{self.steps} steps of {self.patches} patches below {seen}"
+            raise RequestRefused(f"expected {told} in Prompt.chosen, got {prompt.chosen!r}; score in process instead")
+        return self.spelled(prompt.chosen)
+
     def spelled(self, chosen: Sequence[Sequence[int]]) -> tuple[int, ...]:
         """The ids of steps with these patches."""
         ids: list[int] = []
@@ -131,12 +144,14 @@ class Thinking:
             raise BackendError(f"expected whole thoughts and then words from a server that thinks, got the ids {list(found.ids[:32])}")
         if self.think is None and len(steps) != self.steps:
             raise BackendError(f"expected {self.steps} latent steps before the reply, got {len(steps)}")
-        weights = tuple((name, max(0, first - count), min(end, last) - count) for name, first, last in found.weights if last > count)
+        parts = ((name, max(first, count) - count, min(last, end) - count) for name, first, last in found.weights)
+        weights = tuple(part for part in parts if part[1] < part[2])
         return replace(
             found,
             ids=found.ids[count:end],
             logprobs=None if found.logprobs is None else found.logprobs[count:end],
             thoughts=tuple(Thought(chosen=patches) for patches in chosen),
             weights=weights if len(weights) > 1 else (),
+            weights_version=weights[-1][0] if weights else found.weights_version,
             finish_reason=found.finish_reason if end == len(found.ids) else "length",
         )

@@ -53,11 +53,11 @@ def flush(url: str, seconds: float = 30.0) -> None:
             time.sleep(0.1)
 
 
-def scaled(folder: Path, factor: float) -> Path:
-    """The starter questioner with every weight multiplied."""
+def scaled(folder: Path, factor: float, role: str = "questioner") -> Path:
+    """A starter policy with every weight multiplied."""
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(starter("questioner"), folder)
+    shutil.copytree(starter(role), folder)
     weights = load_file(folder / "model.safetensors")
     save_file({name: value * factor for name, value in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

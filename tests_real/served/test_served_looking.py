@@ -1,5 +1,6 @@
 """Latent steps with pictures inside a real server choose the same patches and say the same as in process: the shipped thinker, which stops
-by itself, and a random model of the other Qwen-VL class; together, in a second turn, and where thoughts must be read again.
+by itself, and a random model of the other Qwen-VL class, whose prompts are read in pieces of 16; together, in a second turn, and where
+thoughts must be read again.
 """
 
 from __future__ import annotations
@@ -154,12 +155,13 @@ def random_model(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Iter
         prompts.append(Prompt(ids, (Picture("", image),)))
     habit = Habit(Mode(order="state-first", k=3), 2)
     habit.save(folder)
-    yield from _served(start, folder, engine, Thinking.of(habit, open_config(str(folder)), after=7, room=16), prompts)
+    thinking = Thinking.of(habit, open_config(str(folder)), after=7, room=16)
+    yield from _served(start, folder, engine, thinking, prompts, "--chunked-prefill-size=16")
 
 
-def _served(start: Start, folder: Path, engine: HFBackend, thinking: Thinking, prompts: list[Prompt]) -> Iterator[Served]:
+def _served(start: Start, folder: Path, engine: HFBackend, thinking: Thinking, prompts: list[Prompt], *flags: str) -> Iterator[Served]:
     config = open_config(str(folder))
-    server = start(str(folder), *thinking.flags(config), extra=environment(config))
+    server = start(str(folder), *thinking.flags(config), *flags, extra=environment(config))
     client = SGLangBackend(server.url)
     yield Served(server, client, engine, thinking, prompts)
     asyncio.run(client.aclose())
@@ -254,8 +256,14 @@ def test_the_client_refuses_what_a_server_would_think_about_otherwise(thinker: S
             asyncio.run(thinker.client.generate(wrong, PLAIN))
     with pytest.raises(RequestRefused, match="chooses patches by itself"):
         asyncio.run(thinker.client.generate(replace(prompt, chosen=((1, 2),)), PLAIN))
-    with pytest.raises(RequestRefused, match="after thoughts that are given"):
-        asyncio.run(thinker.client.score(prompt, (20,), PLAIN))
+    for chosen, reason in (
+        (None, "after thoughts that are given"),
+        (((1, 12),), "patches below 12"),
+        (((1,),), "5 steps of 2 patches"),
+        (((1, 2),) * 6, "5 steps"),
+    ):
+        with pytest.raises(RequestRefused, match=reason):
+            asyncio.run(thinker.client.score(replace(prompt, chosen=chosen), (20,), PLAIN))
     folder = tmp_path / "taught-otherwise"
     shutil.copytree(random_model.engine.facts.model, folder)
     Habit(Mode(order="state-first", k=3), 3).save(folder)

@@ -53,6 +53,23 @@ def test_servers_play_what_is_trained_and_learn_every_version(
             asyncio.run(client.load(str(starter(role)), str(client.server["weight_version"])))
 
 
+def test_a_served_role_that_is_not_trained_plays_with_the_weights_that_the_recipe_names(
+    servers: dict[str, Server], connect: Connect, tmp_path: Path
+) -> None:
+    client = connect(servers["answerer"])
+    asyncio.run(client.load(str(scaled(tmp_path / "strange", 1.05, "answerer")), "somebody-elses"))
+    try:
+        recipe = {**SMALL, "trained": ["questioner"], "iterations": 1, "served": {"answerer": servers["answerer"].url}}
+        reinforce(recipe, tmp_path / "run", Shapes(FAMILIES))
+        calls = [call for episode in RunReader(tmp_path / "run").episodes() for call in episode.calls()]
+        assert {(call.role, call.engine) for call in calls} == {("questioner", "transformers"), ("answerer", "sglang")}
+        assert all(call.weights_version.startswith("base:") for call in calls)
+        checks = verify(tmp_path / "run")
+        assert all(check.ok for check in checks), [check for check in checks if not check.ok]
+    finally:
+        asyncio.run(client.load(str(starter("answerer")), str(client.server["weight_version"])))
+
+
 def test_a_role_without_a_seat_cannot_be_served(tmp_path: Path) -> None:
     recipe = {**SMALL, "trained": ["questioner"], "iterations": 1, "graph": "blind", "served": {"answerer": "http://127.0.0.1:1"}}
     with pytest.raises(RecipeError, match="no seat for answerer"):

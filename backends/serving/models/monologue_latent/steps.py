@@ -21,8 +21,8 @@ comes before it. That costs m more passes, on that rare path only. Patches need 
 
 Memory: a vector of the model's width a slot, two with patches; for a 7B model an eighth of what keys and values take, each. Refused:
 pipeline parallelism (the state is on another rank), several GPUs for one model with patches or ``think`` (heads and words are shared out),
-embeddings given by the caller, speculative decoding. Runs in the server's Python, which has no ``monologue``; hence this folder, which our
-own code never imports.
+embeddings given by the caller, speculative decoding, DP attention, and caches that move keys and values (hierarchical, PD split). Runs in
+the server's Python, which has no ``monologue``; hence this folder, which our own code never imports.
 
 Shapes: T tokens of a forward, B requests, S slots, D width, V vocabulary, W = K + 1 places a step, Q tokens that decide, L places of the
 longest.
@@ -34,7 +34,7 @@ import torch
 from sglang.srt.layers.logits_processor import LogitsMetadata, LogitsProcessor
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_context import get_req_to_token_pool, get_token_to_kv_pool
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_parallel, get_server_args
 
 NEVER = -1e9
 """Logit of what must not be sampled; finite, for JSON."""
@@ -110,8 +110,13 @@ class Latent:
         self.patches, self.room, self.word = facts.get("patches", 0), facts.get("room", 0), facts.get("think")
         self.early = facts.get("order", "state-first") == "patches-first"
         self.width, self.vocabulary = self.patches + 1, vocabulary
+        server = get_server_args()
         if (self.patches or self.word is not None) and get_parallel().tp_size > 1:
             raise NotImplementedError("patches and a learned stop need the whole model on one GPU")
+        if server.enable_hierarchical_cache or server.disaggregation_mode != "null" or server.enable_dp_attention:
+            raise NotImplementedError(
+                "what stands beside keys and values does not move with them: no hierarchical cache, PD split or DP attention"
+            )
         if self.id + self.room >= vocabulary:
             raise ValueError(f"expected thoughts within {vocabulary} ids, got {self.id} and {self.room} behind it")
         silent = [*range(self.id, self.id + 1 + self.room), *([] if self.word is None else [self.word])]
@@ -226,8 +231,23 @@ class Latent:
         within = span < self._counts[at.slots(lanes, ends)][:, None]
         taken = torch.where(within, self._taken[slots], -1)
         free = pictures & row.visible & ~(seen[:, :, None] - 1 == taken[:, None]).any(-1)
-        best = row.weights.masked_fill(~free, -torch.inf).topk(self.patches, dim=1).indices.sort(1).values  # (Q, K)
+        already = self._said(at, lanes, ends)  # (Q, W) what the ids hold of this step, ascending
+        known = (seen[:, :, None] - 1 == already[:, None]).any(-1)
+        free &= known | (seen - 1 > already.amax(1, keepdim=True))
+        best = (
+            row.weights.masked_fill(~free, -torch.inf).masked_fill(free & known, torch.inf).topk(self.patches, dim=1).indices.sort(1).values
+        )  # (Q, K)
         self._chosen[at.slots(lanes, ends)] = seen.gather(1, best) - 1
+
+    def _said(self, at, lanes, ends):
+        """(Q, W) patches of the step behind each deciding place that are there already, since it is read again; -1 for none."""
+        behind = torch.arange(1, self.width + 1, device=ends.device)
+        places = ends[:, None] + behind
+        slots = at.slots(lanes[:, None], places)
+        there = (places <= at.place[at.last][lanes][:, None]) & (
+            self._counts[slots] == self._counts[at.slots(lanes, ends)][:, None] + behind
+        )
+        return torch.where(there, self._taken[slots], -1)
 
     def _passes(self, thought, forward_batch):
         """One, and one more for each thought of the request with most of them in what is read."""
@@ -242,7 +262,7 @@ class Latent:
         step = counts[at.last] % self.width  # (B,) places of the present step
         if self.word is not None:
             metadata = LogitsMetadata.from_forward_batch(forward_batch)
-            every = self.logits_processor.every(hidden[at.last], self.lm_head, metadata)
+            every = self.logits_processor.every(hidden[at.last], self.lm_head, metadata, use_logits_buffer=False)
             every[:, [*self.banned, *range(self.id, self.id + 1 + self.room)]] = -torch.inf
             thinks = thinks & ((step > 0) | (every.softmax(-1)[:, self.word] >= 0.5))
         wanted = torch.full_like(step, self.id)
