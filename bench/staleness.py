@@ -99,11 +99,9 @@ def main() -> None:
     rows = [json.loads(file.read_text()) for file in sorted(chosen.out.glob("*/*.json"))]
     ratio = {f"{row['arm']}, {row['lag']} versions old, seed {row['seed']}": row["accuracy"] for row in rows}
     machine = f"{platform.machine()}, Python {platform.python_version()}"
+    command = f"python bench/staleness.py --prior runs/learn/{chosen.prior.parent.name}/prior --seeds {' '.join(map(str, chosen.seeds))}"
     chosen.json.write_text(
-        json.dumps(
-            {"name": "staleness", "command": "python bench/staleness.py", "machine": machine, "rows": rows, "ratio": ratio}, indent=1
-        )
-        + "\n"
+        json.dumps({"name": "staleness", "command": command, "machine": machine, "rows": rows, "ratio": ratio}, indent=1) + "\n"
     )
 
 
