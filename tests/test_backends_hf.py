@@ -290,6 +290,17 @@ async def test_what_can_never_succeed_is_refused_alone(engines: dict[str, HFBack
     assert isinstance(bad, RequestRefused) and reason in str(bad)
 
 
+async def test_pictures_under_one_name_are_not_taken_for_one_another(checkpoints: dict[str, Path]) -> None:
+    engine = HFBackend(checkpoints["qwen2"], window=0.1)
+    prompts = [shown(engine, words(5, 5), Picture("", picture(56, 56, seed).image)) for seed in (1, 2)]
+    alone = [await engine.generate(prompt, GREEDY) for prompt in prompts]
+    both = await asyncio.gather(*(engine.generate(prompt, GREEDY) for prompt in prompts))
+    await engine.aclose()
+    assert prompts[0].ids == prompts[1].ids and alone[0].logprobs != alone[1].logprobs
+    for one, other in zip(both, alone, strict=True):
+        assert one.ids == other.ids and one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
 async def test_a_prompt_that_cannot_be_thought_about_fails_alone_and_thoughts_count_against_the_context(
     checkpoints: dict[str, Path],
 ) -> None:
