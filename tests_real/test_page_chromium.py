@@ -121,6 +121,7 @@ def test_hover_and_focus_give_the_exact_values_of_the_trace(visit: Visit, run: t
     call = calls_of(episode.spans)[0]
     assert call.sampled_logprobs is not None
     page = visit.page
+    page.wait_for_selector("[data-turn='0'] .token", timeout=WAIT)
     tokens = page.locator("[data-turn='0'] .token")
     assert tokens.count() == len(call.sampled_ids)
     for place, value in enumerate(call.sampled_logprobs):
