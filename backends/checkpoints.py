@@ -29,6 +29,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from monologue.backends.base import BackendError
+from monologue.backends.patches import multiply_patches
 from monologue.backends.places import UNKNOWN, fingerprint, place, portable
 
 _logging: Any = transformers_logging
@@ -96,7 +97,7 @@ def open_model(source: str, *, device: str, dtype: torch.dtype, local_files_only
     lost = sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"])))
     if lost:
         raise BackendError(f"expected weights for all of the model in {source!r}, {len(lost)} are missing, such as {lost[0]!r}")
-    return model.to(device).eval().requires_grad_(False)
+    return multiply_patches(model).to(device).eval().requires_grad_(False)
 
 
 def take_weights(model: Any, source: str) -> None:

@@ -13,11 +13,14 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import cycle
+from itertools import cycle, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from monologue.usage import UsageError
+
+if TYPE_CHECKING:
+    from monologue.agents.codec import Codec
 
 TINY_PYTHON = Path(".venv-sglang/bin/python")
 ROLES = ("questioner", "answerer", "thinker")
@@ -95,25 +98,29 @@ def orders_of(options: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
 
 def _thinking(model: str) -> tuple[tuple[str, ...], dict[str, str]]:
     """Flags and environment of a server that thinks as its checkpoint was taught. Raises UsageError, BackendError."""
-    from monologue.agents.codec import TinyCodec
     from monologue.agents.load import codec_for
     from monologue.backends.checkpoints import open_config, open_processors
+    from monologue.backends.inputs import Eyes
     from monologue.backends.serving.latent import Thinking, environment
     from monologue.seating import habit_of
 
     config = open_config(model)
-    tokenizer, _ = open_processors(model, config)
-    if not isinstance(codec_for(tokenizer), TinyCodec):
-        raise UsageError(
-            f"the prompts of {model!r} end with words of its chat template, after which a server cannot tell whether to think; serve it by "
-            "monologue.backends.serving.latent, with an id that nothing else says before its thoughts"
-        )
-    after = tokenizer.get_vocab()["<assistant>"]
+    tokenizer, processor = open_processors(model, config)
+    eyes: Any = Eyes(config, processor, model)
     try:
-        thinking = Thinking.of(habit_of(model), config, after, ROOM)
+        thinking = Thinking.of(habit_of(model), config, _ending(codec_for(tokenizer, eyes)), ROOM)
         return thinking.flags(config), environment(config)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _ending(codec: Codec) -> tuple[int, ...]:
+    """The ids that all prompts of a codec end with, whatever was said: where a reply begins."""
+    from monologue.agents.messages import Message
+
+    one, other = (codec.open([Message("user", word)])[::-1] for word in ("red", "blue"))
+    length = next(place for place, (a, b) in enumerate(zip_longest(one, other)) if a != b)
+    return one[:length][::-1]
 
 
 def wait_for_interrupt() -> None:

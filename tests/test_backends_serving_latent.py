@@ -20,9 +20,9 @@ from monologue.seating import starter
 from monologue.serving import orders_of, settle
 from monologue.usage import UsageError
 from tests import tiny_models as tiny
-from tests.tokens import HERMES, chat_tokenizer
+from tests.tokens import PLAIN, chat_tokenizer
 
-STEPS = Thinking(id=100, after=5, steps=2, patches=2, patches_first=True, room=20)
+STEPS = Thinking(id=100, after=(5,), steps=2, patches=2, patches_first=True, room=20)
 SAMPLING = Sampling(max_tokens=3)
 
 
@@ -32,7 +32,7 @@ def said(*ids: int, **more: Any) -> Generation:
 
 def test_a_server_is_told_how_its_checkpoint_was_taught_and_the_client_hears_the_same() -> None:
     config, habit = open_config(str(starter("thinker"))), Habit.load(starter("thinker"))
-    thinking = Thinking.of(habit, config, after=5, room=12)
+    thinking = Thinking.of(habit, config, after=(5,), room=12)
     flag, told, *graphs = thinking.flags(config)
     assert flag == "--json-model-override-args" and all("cuda-graph" in graph for graph in graphs) and len(graphs) == 2
     assert Thinking.told({"json_model_override_args": told}) == thinking and thinking.patches_first and thinking.think == habit.think
@@ -40,7 +40,7 @@ def test_a_server_is_told_how_its_checkpoint_was_taught_and_the_client_hears_the
     assert environment(config)["SGLANG_EXTERNAL_MM_MODEL_ARCH"] == "LatentQwen2VLForConditionalGeneration"
     assert Thinking.told({"json_model_override_args": "{}"}) is None is Thinking.told({})
     text = open_config(str(starter("questioner")))
-    assert Thinking(200, 5, 3).flags(text)[:1] == (flag,) and "SGLANG_EXTERNAL_MM_MODEL_ARCH" not in environment(text)
+    assert Thinking(200, (4, 5), 3).flags(text)[:1] == (flag,) and "SGLANG_EXTERNAL_MM_MODEL_ARCH" not in environment(text)
     with pytest.raises(ValueError, match="in process only"):
         STEPS.flags(text)
 
@@ -58,7 +58,7 @@ def test_a_server_is_told_how_its_checkpoint_was_taught_and_the_client_hears_the
 )
 def test_a_habit_that_a_server_cannot_follow_is_refused(mode: Mode) -> None:
     with pytest.raises(ValueError, match="in process"):
-        Thinking.of(Habit(mode, 2), open_config(str(starter("thinker"))), after=5, room=12)
+        Thinking.of(Habit(mode, 2), open_config(str(starter("thinker"))), after=(5,), room=12)
 
 
 def test_thoughts_are_told_from_words_and_words_are_no_more_than_were_asked_for() -> None:
@@ -105,13 +105,16 @@ def test_serve_starts_a_thinker_as_it_was_taught_and_refuses_who_was_not(tmp_pat
 
     [(role, order)] = orders("--thinker", "starter")
     told = Thinking.told({"json_model_override_args": order["flags"][1]})
-    assert role == "thinker" and told is not None and (told.after, told.steps, told.patches) == (5, 5, 2)
+    assert role == "thinker" and told is not None and (told.after, told.steps, told.patches) == ((5,), 5, 2)
     assert "monologue_latent" in order["extra"].values()
-    chatty = tiny.save_vision_model(tmp_path / "chatty", "qwen2")
-    chat_tokenizer(HERMES).save_pretrained(chatty)
+    chatty, tokenizer = tiny.save_vision_model(tmp_path / "chatty", "qwen2"), chat_tokenizer(PLAIN)
+    tokenizer.save_pretrained(chatty)
     Habit(Mode(k=2), 2).save(chatty)
-    with pytest.raises(UsageError, match="chat template"):
-        orders("--thinker", str(chatty))
+    [(_, order)] = orders("--thinker", str(chatty))
+    told = Thinking.told({"json_model_override_args": order["flags"][1]})
+    assert told is not None and tokenizer.decode(told.after) == "<|im_end|>\n<|im_start|>assistant\n"
+    with pytest.raises(ValueError, match="after which thoughts follow"):
+        Thinking.of(Habit.load(chatty), open_config(str(chatty)), after=(), room=12)
     with pytest.raises(BackendError, match="not taught to think"):
         orders("--thinker", str(starter("answerer")))
     with pytest.raises(UsageError, match="nothing to serve"):

@@ -45,8 +45,8 @@ class Thinking:
 
     id: int
     """Stands for a thought; never a word. May lie behind the vocabulary."""
-    after: int
-    """Thoughts follow this id, in a prompt or sampled."""
+    after: tuple[int, ...]
+    """Thoughts follow these ids, one behind the other, in a prompt or sampled."""
     steps: int
     """How many; at most, where the model stops by itself."""
     patches: int = 0
@@ -59,11 +59,13 @@ class Thinking:
     """Word by which a state says that it has not finished; None: the number of steps is fixed."""
 
     @classmethod
-    def of(cls, habit: Habit, config: Any, after: int, room: int) -> Thinking:
+    def of(cls, habit: Habit, config: Any, after: Sequence[int], room: int) -> Thinking:
         """As a checkpoint with this configuration was taught, its thoughts named by ids behind its vocabulary.
 
-        Raises ValueError for a habit that a server cannot follow.
+        Raises ValueError for a habit that a server cannot follow, or where thoughts follow nothing.
         """
+        if not after:
+            raise ValueError(f"expected ids after which thoughts follow, got {after!r}")
         mode = habit.mode
         wanted = {"thought": "state", "selects": "row", "positions": "mrope", "bottleneck": "off", "arrangement": "raster", "reuse": False}
         strange = [f"{name}={getattr(mode, name)!r}" for name, value in wanted.items() if getattr(mode, name) != value]
@@ -71,7 +73,7 @@ class Thinking:
             raise ValueError(f"a server does not take latent steps with {', '.join(strange) or 'random patches'}; they run in process")
         k = 0 if mode.patches == "none" else mode.k
         first = int(config.get_text_config().vocab_size)
-        return cls(first, after, habit.steps, k, mode.order == "patches-first", room if k else 0, habit.think)
+        return cls(first, tuple(after), habit.steps, k, mode.order == "patches-first", room if k else 0, habit.think)
 
     def flags(self, config: Any) -> tuple[str, ...]:
         """Of the server, for a checkpoint with this configuration. Raises ValueError for one that has no latent twin."""
@@ -80,7 +82,7 @@ class Thinking:
             known = ", ".join(SEEING if self.patches else (*TEXT, *SEEING))
             raise ValueError(f"expected one of {known}, got {architecture!r}: its latent steps run in process only")
         order = "patches-first" if self.patches_first else "state-first"
-        facts = {"id": self.id, "after": self.after, "steps": self.steps, "patches": self.patches, "order": order, "room": self.room}
+        facts = {"id": self.id, "after": list(self.after), "steps": self.steps, "patches": self.patches, "order": order, "room": self.room}
         told: dict[str, Any] = {"architectures": [f"Latent{architecture}"], "latent": {**facts, "think": self.think}}
         size = max(int(config.get_text_config().vocab_size), self.id + self.room + 1)
         told |= {"vocab_size": size, **({} if architecture in TEXT else {"text_config": {"vocab_size": size}})}
@@ -93,7 +95,7 @@ class Thinking:
         if facts is None:
             return None
         order = facts.pop("order", "state-first")
-        return cls(**facts, patches_first=order == "patches-first")
+        return cls(**{**facts, "after": tuple(facts["after"])}, patches_first=order == "patches-first")
 
     @property
     def places(self) -> int:
@@ -102,8 +104,8 @@ class Thinking:
 
     def admit(self, prompt: Prompt, images: Sequence[ImageFacts]) -> None:
         """Raises RequestRefused for a prompt over which the server would not think, or not as in process."""
-        if prompt.ids[-1] != self.after:
-            raise RequestRefused(f"the server thinks after id {self.after}; expected a prompt that ends with it, got {prompt.ids[-1]}")
+        if (found := prompt.ids[-len(self.after) :]) != self.after:
+            raise RequestRefused(f"the server thinks after the ids {self.after}; expected a prompt that ends with them, got {found}")
         seen = sum(image.placeholder_count for image in images)
         if self.patches and not self.steps * self.patches <= seen <= self.room:
             least = f"{self.steps * self.patches} (steps x patches)"

@@ -16,7 +16,7 @@ from monologue.backends.serving.latent import Thinking, environment
 from monologue.backends.serving.launch import Server
 from tests_real.served.kit import Start, flush, post
 
-THINKING = Thinking(id=139, after=5, steps=3)
+THINKING = Thinking(id=139, after=(5,), steps=3)
 PLAIN = Sampling(temperature=1.0)
 CLOSE, WORDS = 1e-4, 8
 PROMPTS = [[1, 40, 55, 60, 5], [1, 33, 44], [1, 90, 91, 92, 93, 94, 95, 5], [5], [1, 50, 5, 66, 67]]
@@ -62,18 +62,18 @@ def far(one: list[float], other: list[float]) -> float:
 def test_prompts_that_think_and_prompts_that_do_not_are_answered_together_as_in_process(server: Server, model: Any) -> None:
     replies, _ = sample(server, PROMPTS)
     for ids, (reply, values) in zip(PROMPTS, replies, strict=True):
-        thoughts = THINKING.steps if ids[-1] == THINKING.after else 0
+        thoughts = THINKING.steps if ids[-1:] == [*THINKING.after] else 0
         assert reply[:thoughts] == [THINKING.id] * thoughts and values[:thoughts] == [0.0] * thoughts
-        assert (THINKING.id in reply) == (thoughts > 0 or THINKING.after in reply)
+        assert (THINKING.id in reply) == (thoughts > 0 or THINKING.after[0] in reply)
         assert far(values, in_process(model, [*ids, *reply])[len(ids) - 1 :]) < CLOSE
 
 
 def test_the_engine_and_the_server_choose_the_same_words(server: Server, model: Any) -> None:
-    thinking = [ids for ids in PROMPTS if ids[-1] == THINKING.after]
+    thinking = [ids for ids in PROMPTS if ids[-1:] == [*THINKING.after]]
     replies, _ = sample(server, thinking, temperature=0.0)
     words = torch.tensor([reply[THINKING.steps :] for reply, _ in replies])
     values = torch.tensor([values[THINKING.steps :] for _, values in replies], dtype=torch.float64)
-    assert THINKING.after not in words.flatten().tolist(), "it thinks again in the middle of its reply; take another id"
+    assert THINKING.after[0] not in words.flatten().tolist(), "it thinks again in the middle of its reply; take another id"
     reasoner = LatentReasoner(model, Mode(patches="none"))
     with torch.no_grad():
         thoughts = reasoner.think(prompts(model, [Asked(tuple(ids)) for ids in thinking]), THINKING.steps)
@@ -86,7 +86,7 @@ def test_the_engine_and_the_server_choose_the_same_words(server: Server, model: 
 def test_a_second_turn_is_right_over_kept_thoughts_and_over_thoughts_read_again(server: Server, model: Any, kept: bool) -> None:
     flush(server.url)
     first = [[*ids, *reply] for ids, (reply, _) in zip(PROMPTS, sample(server, PROMPTS)[0], strict=True)]
-    second = [[*ids, 70, 71, THINKING.after] for ids in first]
+    second = [[*ids, 70, 71, *THINKING.after] for ids in first]
     if not kept:
         flush(server.url)
     replies, cached = sample(server, second)

@@ -1,13 +1,13 @@
 """Latent steps with pictures inside a real server choose the same patches and say the same as in process: the shipped thinker, which stops
-by itself, and a random model of the other Qwen-VL class, whose prompts are read in pieces of 16; together, in a second turn, and where
-thoughts must be read again.
+by itself, and a random model of the other Qwen-VL class, whose prompts are read in pieces of 16; together, in a second turn, where
+thoughts must be read again, and where requests are taken from their batch in the midst of them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from tests_real.served.kit import Start, flush, post
 
 CLOSE = 1e-4
 PLAIN = Sampling(temperature=1.0)
+NOTHING: Mapping[str, str] = {}
 Reply = tuple[list[int], list[float]]
 
 
@@ -111,7 +112,9 @@ class Served:
         logits = model.lm_head(hidden)[:-1]
         if how.think is not None:
             chances = log_distribution(logits, [PLAIN], banned)[:, how.think].exp()
-            ends = [place for place, one in enumerate(whole[:-1]) if one in (how.after, how.id)]
+            ends = [
+                place for place, one in enumerate(whole[:-1]) if one == how.id or tuple(whole[: place + 1][-len(how.after) :]) == how.after
+            ]
             assert all(
                 (float(chances[place]) >= 0.5) == (whole[place + 1] >= how.id) for place in ends if _length(whole, place, how) < how.steps
             )
@@ -137,7 +140,7 @@ def thinker(start: Start) -> Iterator[Served]:
         asked = f"<bos> <user> <|vision_start|> {'<|image_pad|> ' * 12}<|vision_end|> {problem.question} {choices} <assistant>"
         prompts.append(Prompt(tuple(tokenizer(asked).input_ids), (Picture("", problem.pictures[0]()),)))
     after = tokenizer.convert_tokens_to_ids("<assistant>")
-    yield from _served(start, folder, engine, Thinking.of(Habit.load(folder), open_config(str(folder)), after, room=12), prompts)
+    yield from _served(start, folder, engine, Thinking.of(Habit.load(folder), open_config(str(folder)), (after,), room=12), prompts)
 
 
 @pytest.fixture(scope="module")
@@ -151,17 +154,32 @@ def random_model(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Iter
     for number, size in enumerate([(56, 84), (112, 56), (84, 84)]):
         image = Image.effect_noise(size, 90).convert("RGB")
         count = engine.placeholders(image).count
-        ids = (9, 10 + number, tiny.START, *[tiny.IMAGE] * count, tiny.END, *range(20, 20 + 3 * number), 7)
+        ids = (9, 10 + number, tiny.START, *[tiny.IMAGE] * count, tiny.END, *range(20, 20 + 3 * number), 7, 8, 7, 7, 8, 7, 9, 7)
         prompts.append(Prompt(ids, (Picture("", image),)))
     habit = Habit(Mode(order="state-first", k=3), 2)
     habit.save(folder)
-    thinking = Thinking.of(habit, open_config(str(folder)), after=7, room=16)
+    thinking = Thinking.of(habit, open_config(str(folder)), after=(7, 9, 7), room=16)
     yield from _served(start, folder, engine, thinking, prompts, "--chunked-prefill-size=16")
 
 
-def _served(start: Start, folder: Path, engine: HFBackend, thinking: Thinking, prompts: list[Prompt], *flags: str) -> Iterator[Served]:
+@pytest.fixture(scope="module")
+def interrupted(start: Start, random_model: Served) -> Iterator[Served]:
+    """The random model on a server that takes requests from their batch and begins them again, as if its memory were full, all the time."""
+    often, folder = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "3"}, Path(random_model.engine.facts.model)
+    yield from _served(start, folder, random_model.engine, random_model.thinking, random_model.prompts, extra=often)
+
+
+def _served(
+    start: Start,
+    folder: Path,
+    engine: HFBackend,
+    thinking: Thinking,
+    prompts: list[Prompt],
+    *flags: str,
+    extra: Mapping[str, str] = NOTHING,
+) -> Iterator[Served]:
     config = open_config(str(folder))
-    server = start(str(folder), *thinking.flags(config), *flags, extra=environment(config))
+    server = start(str(folder), *thinking.flags(config), *flags, extra={**environment(config), **extra})
     client = SGLangBackend(server.url)
     yield Served(server, client, engine, thinking, prompts)
     asyncio.run(client.aclose())
@@ -180,11 +198,19 @@ def test_prompts_are_thought_about_together_as_in_process(served: Served) -> Non
         assert any(token < served.thinking.id for token in ids)
 
 
+def test_requests_that_were_taken_from_the_batch_think_as_if_they_had_not_been(interrupted: Served) -> None:
+    prompts, retracted = interrupted.prompts * 4, 0
+    for prompt, ((ids, values), meta) in zip(prompts, interrupted.together(prompts, [[] for _ in prompts]), strict=True):
+        assert interrupted.proven(prompt, ids, len(prompt.ids), values) >= 2
+        retracted += meta["num_retractions"]
+    assert retracted > 0
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_second_turn_is_right_over_kept_thoughts_and_over_thoughts_read_again(served: Served, kept: bool) -> None:
     flush(served.server.url)
     prompts, nothing = served.prompts[:3], [list[int]() for _ in range(3)]
-    first = [[*ids[:24], 9, served.thinking.after] for (ids, _), _ in served.together(prompts, nothing, temperature=0.0)]
+    first = [[*ids[:24], 9, *served.thinking.after] for (ids, _), _ in served.together(prompts, nothing, temperature=0.0)]
     if not kept:
         flush(served.server.url)
     for prompt, before, ((ids, values), meta) in zip(prompts, first, served.together(prompts, first), strict=True):
@@ -251,7 +277,10 @@ def test_the_client_tells_thoughts_from_words_as_the_engine_in_process_does(thin
 
 def test_the_client_refuses_what_a_server_would_think_about_otherwise(thinker: Served, random_model: Served, tmp_path: Path) -> None:
     [prompt, *_], blind = thinker.prompts, tuple(token for token in thinker.prompts[0].ids if token != thinker.engine.image_token_id)
-    for wrong, reason in ((replace(prompt, ids=(*prompt.ids, 9)), "ends with it"), (Prompt(blind), r"10 \(steps x patches\) to 12 places")):
+    for wrong, reason in (
+        (replace(prompt, ids=(*prompt.ids, 9)), "ends with them"),
+        (Prompt(blind), r"10 \(steps x patches\) to 12 places"),
+    ):
         with pytest.raises(RequestRefused, match=reason):
             asyncio.run(thinker.client.generate(wrong, PLAIN))
     with pytest.raises(RequestRefused, match="chooses patches by itself"):

@@ -1,23 +1,23 @@
 """Latent steps inside an SGLang server: what every model class of this folder shares.
 
-A configuration says ``latent = {"id", "after", "steps", "patches", "order", "room", "think"}``. Whenever a sequence reaches the id
-``after``, by prompt or by sampling, ``steps`` latent steps are forced on it with log-prob 0: a step is one thought, the id ``id``, read
-not as a word but as the hidden state of the place that decided the step, and K = ``patches`` places of the picture before or behind it
-(``order``), read as those places were. The j-th place of the sequence's pictures has the id ``id + 1 + j``, so what was chosen stands in
-the ids. None of these ids is a word: they are never sampled elsewhere, and may lie behind the model's vocabulary, which is padded to hold
-them. With ``think`` (the word by which a state says that it has not finished) the model stops by itself, after ``steps`` steps at the
-latest.
+A configuration says ``latent = {"id", "after", "steps", "patches", "order", "room", "think"}``. Whenever a sequence reaches the ids
+``after``, one behind the other, by prompt or by sampling, ``steps`` latent steps are forced on it with log-prob 0: a step is one thought,
+the id ``id``, read not as a word but as the hidden state of the place that decided the step, and K = ``patches`` places of the picture
+before or behind it (``order``), read as those places were. The j-th place of the sequence's pictures has the id ``id + 1 + j``, so what
+was chosen stands in the ids. None of these ids is a word: they are never sampled elsewhere, and may lie behind the model's vocabulary,
+which is padded to hold them. With ``think`` (the word by which a state says that it has not finished) the model stops by itself, after
+``steps`` steps at the latest.
 
-A step's patches are those that the place which decides it, ``after`` or the last place of the step before, attends to most: the mean
-over heads and layers of one attention row, patches of this span left out that were taken already. That row is computed beside the
-server's own attention, from its queries and its cached keys. A sequence whose pictures hold fewer than ``steps`` x K places
-is not made to think, so that its client can see that it was not.
+A step's patches are those that the place which decides it, the last of ``after`` or the last place of the step before, attends to most:
+the mean over heads and layers of one attention row, patches of this span left out that were taken already. That row is computed beside
+the server's own attention, from its queries and its cached keys. A sequence whose pictures hold fewer than ``steps`` x K places is not
+made to think, so that its client can see that it was not.
 
 What makes this safe under prefix reuse, chunked prefill, retraction and flushing: whatever a later place needs to know of an earlier one,
-its state, its count within the thoughts, which patch it was, what it chose, is kept beside its keys and values, under the same slot, and
-lives exactly as long as they do. Nothing is remembered by request. Where thoughts must be read again, since their slots are gone, states
-are computed anew in order: with m of them in what is read, the m + 1st pass has all of them right, because each needs only what
-comes before it. That costs m more passes, on that rare path only. Patches need no second choice then: they stand in the ids.
+its id, its state, its count within the thoughts, which patch it was, what it chose, is kept beside its keys and values, under the same
+slot, and lives exactly as long as they do. Nothing is remembered by request. Where thoughts must be read again, since their slots are
+gone, states are computed anew in order: with m of them in what is read, the m + 1st pass has all of them right, because each needs only
+what comes before it. That costs m more passes, on that rare path only. Patches need no second choice then: they stand in the ids.
 
 Memory: a vector of the model's width a slot, two with patches; for a 7B model an eighth of what keys and values take, each. Refused:
 pipeline parallelism (the state is on another rank), several GPUs for one model with patches or ``think`` (heads and words are shared out),
@@ -140,7 +140,7 @@ class Latent:
         at, here = Places(forward_batch), forward_batch.out_cache_loc.long()
         thought, patch = ids == self.id, (ids > self.id) & (ids <= self.id + self.room)
         counts = self._count(thought | patch, at)
-        self._counts[here], self._taken[here] = counts, torch.where(patch, ids - self.id - 1, -1)
+        self._ids[here], self._counts[here], self._taken[here] = ids, counts, torch.where(patch, ids - self.id - 1, -1)
         if self.patches:
             seen = pictures.long().cumsum(0)
             self._seen[here] = seen - (seen - pictures.long())[at.first][at.lane] + at.held(self._seen)[at.lane]
@@ -149,7 +149,7 @@ class Latent:
                 words = words.clone()
                 words[patch] = self._looked(at, patch, ids[patch] - self.id)
         origins = at.slots(at.lane, at.place - 1 - (counts - 1).clamp(min=0) % self.width)  # (T,)
-        decides = self._decides(ids, counts, here)
+        decides = self._decides(at, counts, here)
         for _ in range(self._passes(thought, forward_batch)):
             self._row = self._asks(at, decides)
             hidden = read(torch.where(thought[:, None], self._states[origins], words))
@@ -175,12 +175,13 @@ class Latent:
             yield name, torch.nn.functional.pad(value, (0, 0, 0, missing)) if missing > 0 else value
 
     def _make_room(self, words):
-        """For each slot of keys and values: state, count within thoughts, which patch it is, pictures' places so far, what it chose."""
+        """For each slot of keys and values: id, state, count within thoughts, which patch it is, pictures' places so far, what it chose."""
         pool = get_token_to_kv_pool()
         slots = pool.size + pool.page_size
         if self._counts is None or len(self._counts) != slots:
             self._states = words.new_zeros(slots, words.shape[-1])  # (S, D)
-            self._counts, self._taken, self._seen = (torch.zeros(slots, dtype=torch.long, device=words.device) for _ in range(3))  # (S,)
+            whole = torch.zeros(4, slots, dtype=torch.long, device=words.device)
+            self._ids, self._counts, self._taken, self._seen = whole.unbind()  # (S,)
             if self.patches:
                 self._pictures = torch.zeros_like(self._states)  # (S, D)
                 self._chosen = torch.zeros(slots, self.patches, dtype=torch.long, device=words.device)  # (S, K)
@@ -200,12 +201,19 @@ class Latent:
         found = (self._seen[slots] >= numbers[:, None]) & (before < places[:, None])
         return self._pictures[slots.gather(1, found.int().argmax(1, keepdim=True))[:, 0]]
 
-    def _decides(self, ids, counts, here):
+    def _decides(self, at, counts, here):
         """(T,) places before a step that is still allowed: which patches it reads is decided there."""
         inside = (counts > 0) & (counts < self.steps * self.width) & (counts % self.width == 0)
-        begins = (counts == 0) & (ids == self.after) & (self.steps > 0)
+        begins = (counts == 0) & self._reached(at) & (self.steps > 0)
         enough = self._seen[here] >= self.steps * self.patches
         return (inside | begins) & enough
+
+    def _reached(self, at):
+        """(T,) places at which ``after`` ends."""
+        found = at.place >= len(self.after) - 1
+        for back, token in enumerate(reversed(self.after)):
+            found = found & (self._ids[at.slots(at.lane, at.place - back)] == token)
+        return found
 
     def _asks(self, at, decides):
         """The attention of those who decide."""
