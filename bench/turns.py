@@ -38,8 +38,7 @@ from monologue.training.credit import at_turns
 from monologue.training.experience import deal, lessons, over
 from monologue.training.objectives import Grpo
 from monologue.training.policies import Learner, Policies
-from monologue.training.rows import Row, read_rows
-from monologue.training.sources import ordered
+from monologue.training.rows import Row, ordered, read_rows
 
 ROLES = ("questioner", "answerer")
 KEPT = {"streams": 1 << 20, "calls": 0}

@@ -64,7 +64,7 @@ def rationales_of(recipe: Latent, named: Callable[[str, str | None], Task]) -> C
     """The i-th rationale of a training, from the recipe's run, task or corpus. Raises RecipeError, RunError, TaskError."""
     if recipe.run:
         skipped = Counter[str]()
-        found = list(of_run(RunReader(recipe.run), skipped))
+        found = of_run(RunReader(recipe.run), skipped)
         told = ", ".join(f"{count} x {cause}" for cause, count in skipped.items())
         print(f"{len(found)} dialogues of {recipe.run}" + (f"; left out: {told}" if told else ""))
     elif recipe.task in CORPORA:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,9 @@ from monologue import imitate, load_policy, play, solved, starter
 from monologue.backends.base import Sampling
 from monologue.cli import main
 from monologue.tasks.shapes import Shapes
+from monologue.traces.store import RunReader
 from monologue.training.collate import RowError
+from monologue.training.rationales import of_run
 from monologue.training.starter.models import build_answerer, build_image_processor, build_questioner, build_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +82,22 @@ def test_the_same_seed_gives_the_same_weights_and_another_another(oracle: Path, 
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         imitate(oracle, fresh["questioner"], tmp_path / name, role="questioner", steps=3, batch=4, seed=seed)
     assert largest_gap(tmp_path / "a", tmp_path / "b") == 0 < largest_gap(tmp_path / "a", tmp_path / "c")
+
+
+def test_the_order_in_which_episodes_ended_changes_no_weight(oracle: Path, fresh: dict[str, Path], tmp_path: Path) -> None:
+    """Episodes are played at once, and no seed decides which of them ends first."""
+    shutil.copytree(oracle, tmp_path / "run")
+    (file,) = (tmp_path / "run" / "spans").glob("*.jsonl")
+    by_episode: dict[str, list[str]] = defaultdict(list)
+    for line in file.read_text().splitlines():
+        by_episode[json.loads(line)["episode_id"]].append(line)
+    file.write_text("".join(f"{line}\n" for lines in reversed(by_episode.values()) for line in lines))
+    assert [one.start.episode_id for one in RunReader(tmp_path / "run").episodes()] == list(reversed(by_episode))
+    for name, run in (("one", oracle), ("other", tmp_path / "run")):
+        imitate(run, fresh["questioner"], tmp_path / name, role="questioner", steps=4, batch=8)
+    assert largest_gap(tmp_path / "one", tmp_path / "other") == 0
+    told = [[rationale.id for rationale in of_run(RunReader(run))] for run in (oracle, tmp_path / "run")]
+    assert told[0] == told[1] and len(told[0]) == len(by_episode)
 
 
 def test_what_cannot_be_imitated_says_why(oracle: Path, fresh: dict[str, Path], tmp_path: Path) -> None:

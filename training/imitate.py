@@ -25,7 +25,7 @@ from monologue.training.collate import Batch, Collate, RowError, sampled_logprob
 from monologue.training.loop import RowTrainer, arguments
 from monologue.training.losses import imitation
 from monologue.training.recipe import follow
-from monologue.training.rows import Counts, Row, read_rows
+from monologue.training.rows import Counts, Row, ordered, read_rows
 
 
 class Imitation(BaseModel):
@@ -101,7 +101,7 @@ def imitate(
 
 def chosen(rows: Iterable[Row], keep: Callable[[Row], bool], role: str, tokenizer: Any, counts: Counts | None = None) -> list[Row]:
     """The rows to imitate. Raises RowError where there are none or where they speak another tokenizer's ids."""
-    found = [row for row in rows if keep(row)]
+    found = ordered(row for row in rows if keep(row))
     if not found:
         passed = "".join(f"; passed over: {count} x {cause}" for cause, count in (counts or Counts()).skipped.items())
         advice = "look at its roles and scores with 'monologue view'; words without ids of a student's take --retokenize"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL.Image import Image
@@ -80,18 +80,21 @@ def bare(problem: Problem) -> Rationale:
     return Rationale(problem.id, problem.question, problem.choices, problem.pictures, (), problem.choices[problem.gold])
 
 
-def of_run(run: RunReader, skipped: Counter[str] | None = None, solved: bool = True) -> Iterator[Rationale]:
-    """The dialogues of a run, streaming; ``solved``: only those that concluded with the gold answer. What gives none is counted by cause.
+def of_run(run: RunReader, skipped: Counter[str] | None = None, solved: bool = True) -> list[Rationale]:
+    """The dialogues of a run, problem by problem, whichever ended first; ``solved``: only those that concluded with the gold answer. What
+    gives none is counted by cause.
 
     Raises RunError on a damaged run.
     """
     skipped = Counter() if skipped is None else skipped
+    told = list[tuple[tuple[str, int, str], Rationale]]()
     for episode in run.episodes():
         found = _of_episode(episode, run, solved)
         if isinstance(found, str):
             skipped[found] += 1
         else:
-            yield found
+            told.append(((episode.start.group_id, episode.start.sample_index, found.id), found))
+    return [rationale for _, rationale in sorted(told, key=lambda one: one[0])]
 
 
 def _of_episode(episode: Episode, run: RunReader, solved: bool) -> Rationale | str:

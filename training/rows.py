@@ -153,6 +153,11 @@ def read_rows(
         yield from rows_of(episode, wanted, counts, merge)
 
 
+def ordered(rows: Iterable[Row]) -> list[Row]:
+    """Rows stream by stream, the same whoever finished first: a run's files hold episodes as they ended, which no seed decides."""
+    return sorted(rows, key=lambda row: (row.group_id, row.sample_index, row.episode_id, row.role, row.stream, row.number))
+
+
 def rows_of(episode: Episode, roles: frozenset[str] | None, counts: Counts, merge: bool = True) -> Iterator[Row]:
     """The rows of one episode, stream by stream."""
     streams: dict[str, list[PolicyCall]] = {}

@@ -23,7 +23,7 @@ from monologue.training.gate import GateError
 from monologue.training.policies import Learner
 from monologue.training.replay import replay
 from monologue.training.rewards import Reward, Wanted, give
-from monologue.training.rows import Counts, Row, read_rows
+from monologue.training.rows import Counts, Row, ordered, read_rows
 
 
 class Stage(Protocol):
@@ -68,11 +68,6 @@ class Source(Protocol):
     def note(self, iteration: int, rows: Sequence[Row], advantages: Mapping[str, float | Sequence[float]], source: str) -> None:
         """Writes advantages into the trace."""
         ...
-
-
-def ordered(rows: Sequence[Row]) -> list[Row]:
-    """Rows stream by stream, the same whoever finished first."""
-    return sorted(rows, key=lambda row: (row.group_id, row.sample_index, row.episode_id, row.role, row.stream, row.number))
 
 
 class Played:
