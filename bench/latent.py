@@ -4,7 +4,9 @@
 
 Both answer the same random questions about random pictures (100 visual tokens, n = 3 latent steps of K = 32 patches, 7 words) with the same
 random weights in float32: the released code from the user's checkout, one question at a time as it asserts, with the eager attention that
-it needs; the engine one at a time and 32 at a time, in ``reference`` mode (the same work) and in ``ours``. Arms take turns within a repeat.
+it needs; the engine one at a time and 32 at a time, in ``reference`` mode (the same work) and in ``ours``. ``products`` is no engine: the
+decoder's weights are multiplied with as many rows as the batched engine reads, and nothing else is done, so on a machine that computes all
+the time no engine that reads each position once can be faster. Arms take turns within a repeat.
 Figures a question: median, least and most over repeats of wall and processor seconds; token-positions as layer 0 sees them; peak memory of
 a call is how far the resident set grew, each arm in a process of its own (on a GPU: what was allocated). It can lose: what a batch wins
 depends on how idle one question leaves the machine.
@@ -42,6 +44,7 @@ ARMS = {
     "ours": (STATE_FIRST, 1),
     "reference batched": (REFERENCE, BATCH),
     "ours batched": (STATE_FIRST, BATCH),
+    "products": (None, BATCH),
 }
 TARGETS = {"token_positions": 4.0, "seconds": 3.0, "throughput": 15.0}
 
@@ -82,8 +85,26 @@ def reasoning(base: Any, mode: Mode, batch: int, vocabulary: int, device: str) -
     return answer
 
 
+def multiplying(base: Any, batch: int, device: str) -> Callable[[int], None]:
+    """Only the matrix products of ``batch`` answers."""
+    decoder, head = base.model.language_model, base.lm_head.weight
+    weights = [one.weight for one in decoder.layers.modules() if isinstance(one, torch.nn.Linear)]
+    blocks = [WORDS + GRID**2 + 2, *[K + 1] * STEPS, *[1] * (SPOKEN - 1)]  # places a lane, read one block after another
+
+    def answer(seed: int) -> None:
+        for places in blocks:
+            for weight in weights:
+                torch.nn.functional.linear(torch.ones(batch * places, weight.shape[1], device=device), weight)
+        for _ in range(SPOKEN):
+            torch.nn.functional.linear(torch.ones(batch, head.shape[1], device=device), head)
+
+    return answer
+
+
 def way(arm: str, base: Any, place: Path, vocabulary: int, device: str) -> Callable[[int], None]:
     mode, batch = ARMS[arm]
+    if arm == "products":
+        return multiplying(base, batch, device)
     return releasing(base, place, vocabulary, device) if mode is None else reasoning(base, mode, batch, vocabulary, device)
 
 
@@ -143,12 +164,12 @@ def measure(configuration: str, repeats: int, device: str, place: Path) -> list[
     base = model(layers, width, vocabulary, dtype=torch.float32).to(device)
     peaks = {arm: [peak(way(arm, base, place, vocabulary, device), device) for _ in range(2)] for arm in ARMS}
     seconds: dict[str, list[tuple[float, float]]] = {arm: [] for arm in ARMS}
-    counted = {}
+    counted: dict[str, int] = {}
     for repeat in range(-1, repeats):
         for arm in ARMS:
             answer = way(arm, base, place, vocabulary, device)
             if repeat < 0:  # also warms up
-                counted[arm] = positions(base, answer)
+                counted[arm] = counted["ours batched"] if arm == "products" else positions(base, answer)
             else:
                 seconds[arm].append(timed(answer, 100 * repeat, vocabulary, device))
     rows = []

@@ -10,8 +10,8 @@ Three hops and a colour, test problems. One model, one reply, from pixels to the
     replies     the four replies, then the answer
     dialogue    four questions with their replies, then the answer
 
-and as users play them, every step recorded, 64 episodes at once: graph ``latent`` with the shipped thinker and graph ``monologue`` with the
-shipped speaker in both seats.
+and as users play them, every step recorded, 64 episodes at once, for one to four hops: graph ``latent`` with the shipped thinker and graph
+``monologue`` with the shipped speaker in both seats. Pictures are painted beforehand: a real task has them.
 
 Accuracy of the answer stands beside the seconds: ``direct`` is quick and wrong. A ratio is of times within a repeat; median, least, most.
 """
@@ -90,6 +90,12 @@ def played(graph: str, seats: dict[str, Any], problems: Sequence[Problem]) -> Ru
     return run
 
 
+def painted(family: str, n: int) -> list[Problem]:
+    """Test problems with their pictures at hand."""
+    problems = Hops([family]).problems("test", n, UNSEEN)
+    return [replace(problem, pictures=tuple(picture().copy for picture in problem.pictures)) for problem in problems]
+
+
 def seats() -> dict[str, Any]:
     """The shipped thinker, and the shipped speaker in the other seats."""
     greedy, thinker = Sampling(temperature=0.0), starter("thinker")
@@ -106,15 +112,17 @@ def main() -> None:
     options.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "thinking.json")
     chosen = options.parse_args()
     torch.set_num_threads(1)
-    problems, folder, seated = list(Hops(["hop3"]).problems("test", chosen.n, UNSEEN)), chosen.models, seats()
+    folder, seated, worlds = chosen.models, seats(), {family: painted(family, chosen.n) for family in Hops.known}
+    problems = worlds["hop3"]
     arms: dict[str, Run] = {
         "direct": alone(folder / "direct", problems, 0, True),
         "latent": alone(folder / chosen.latent, problems, 0, True),
         "replies": alone(folder / "explicit", problems, 4, True),
         "dialogue": alone(folder / "spoken", problems, 4, False),
-        "graph latent": played("latent:percent=0", seated, problems),
-        "graph monologue": played("monologue", seated, problems),
     }
+    for family, some in worlds.items():
+        arms[f"graph latent, {family}"] = played("latent:percent=0", seated, some)
+        arms[f"graph monologue, {family}"] = played("monologue", seated, some)
     rows: list[dict[str, Any]] = []
     for repeat in range(-1, chosen.repeats):  # the first is not counted
         for arm, run in arms.items():
@@ -123,7 +131,8 @@ def main() -> None:
             rows += [{"repeat": repeat, "arm": arm, "accuracy": round(accuracy, 4), "seconds": round(time.perf_counter() - started, 4)}]
     rows = [row for row in rows if row["repeat"] >= 0]
     times = {arm: [row["seconds"] for row in rows if row["arm"] == arm] for arm in arms}
-    pairs = [("replies", "latent"), ("dialogue", "latent"), ("graph monologue", "graph latent"), ("latent", "direct")]
+    pairs = [("replies", "latent"), ("dialogue", "latent"), ("latent", "direct")]
+    pairs += [(f"graph monologue, {family}", f"graph latent, {family}") for family in worlds]
     ratio = {f"{a} / {b}": spread([x / y for x, y in zip(times[a], times[b], strict=True)]) for a, b in pairs}
     command = f"python bench/thinking.py --latent {chosen.latent} --n {chosen.n} --repeats {chosen.repeats}"
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, one thread"

@@ -25,6 +25,7 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import TrainerCallback
 
+from monologue.backends.garbage import settled
 from monologue.traces.store import RunWriter, read_info
 from monologue.training import credit
 from monologue.training.collate import Batch, Collate
@@ -115,7 +116,7 @@ class _Reinforcement:
             self.penalties = {role: last[self._name(role, "penalty")] for role in self.recipe.trained}
         elif isinstance(self.source, Logged) and self.recipe.proof and self.recipe.objective.ratios:
             self.source.prove(self.recipe.proof, self.recipe.tolerance)
-        with self.report:
+        with self.report, settled():
             self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if isinstance(self.source, Played):
             self.source.push(self.recipe.iterations)
