@@ -28,6 +28,8 @@ from monologue.backends.tokens import template_hash, tokenizer_hash
 CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 THOUGHT = re.compile(r"^.*?</think>", re.DOTALL)
 STANDINS = ("stand-in zulu", "stand-in quebec")
+PROBES = ("red", "Blue", "so?", "so.", "7", "a)", '"b"', "a line\n")
+"""Ends of what may be said; tokenizers merge some of them with what follows."""
 
 
 class ChatCodec:
@@ -57,6 +59,18 @@ class ChatCodec:
         self._hears_tools = self._explains_tools and STANDINS[0] in heard
         for role in ("user", "tool"):
             self._behind([Message(role, "x")])
+
+    @property
+    def ending(self) -> Ids:
+        prompts = [self.open([Message("user", said)])[::-1] for said in PROBES]
+        alike = [len(set(ids)) == 1 for ids in zip(*prompts, strict=False)]
+        common = prompts[0][: [*alike, False].index(False)][::-1]
+        if not set(common) & {*self._tokenizer.all_special_ids, *self._tokenizer.get_added_vocab().values()}:
+            raise CodecError(
+                f"expected a chat template whose prompts all end with a token that is no text, such as <|im_start|>, "
+                f"got {self.text(common)!r} as their common end, which a reply may hold too"
+            )
+        return common
 
     def open(self, messages: Sequence[Message], tools: Sequence[Schema] = ()) -> Ids:
         said = [self._plain(message) for message in messages if message.text or message.pictures or message.action]

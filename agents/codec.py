@@ -55,6 +55,13 @@ class Codec(Protocol):
     @property
     def template_hash(self) -> str: ...
 
+    @property
+    def ending(self) -> Ids:
+        """What every prompt ends with, whatever was said, and no reply holds: where a reply begins. Raises CodecError where that is nothing
+        certain.
+        """
+        ...
+
     def open(self, messages: Sequence[Message], tools: Sequence[Schema] = ()) -> Ids:
         """The first prompt of a stream, generation prompt and expanded picture placeholders included. Raises CodecError."""
         ...
@@ -109,6 +116,7 @@ class TinyCodec:
         self._names = {number: name for name, number in self._ids.items()}
         self._count = visual_tokens
         self._eos = self._ids["<eos>"]
+        self.ending: Ids = (self._ids["<assistant>"],)
         self.stop_ids: Ids = (self._eos,)
         self.tokenizer_hash = tokenizer_hash(tokenizer)
         self.template_hash = template_hash(TINY_LAYOUT)

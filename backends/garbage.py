@@ -1,34 +1,28 @@
-"""What lives as long as the process is not searched for garbage again and again.
+"""What lives as long as a play or a training is not searched for garbage again and again.
 
 Python's collector follows every object that can hold others, and torch and transformers leave about a million of them: a third of a second
-each time, while all episodes wait. Playing makes enough short-lived objects to set it off every few seconds, a tenth of the time of a play
-or of an iteration (docs/log.md, 2026-11-22). Servers such as vLLM and SGLang put what is there when they start out of its sight; so do
-plays and trainings here, and give it back at their end.
+each time, while everything waits. Playing makes enough short-lived objects to set it off every few iterations (docs/log.md, 2026-11-22:
+a twentieth to a tenth of the time of small ones).
 """
 
 from __future__ import annotations
 
 import gc
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-_lock, _inside = threading.Lock(), [0]
 
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """Whatever exists now is left alone by the garbage collector until the outermost of these contexts ends; what is made within them is
-    collected as ever.
+    """Garbage is collected once; what is left is out of the collector's sight until the context ends, what is made within it is collected
+    as ever. Where the process has frozen its objects already, nothing is done.
     """
-    with _lock:
-        _inside[0] += 1
-        if _inside[0] == 1:
-            gc.freeze()
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.collect()
+    gc.freeze()
     try:
         yield
     finally:
-        with _lock:
-            _inside[0] -= 1
-            if not _inside[0]:
-                gc.unfreeze()
+        gc.unfreeze()

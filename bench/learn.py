@@ -1,6 +1,6 @@
 """Does reinforcement on outcome teach a questioner what its poor teacher did not? Two stages against either alone, per seed.
 
-    python bench/learn.py [--seeds 0 1 2 3 4] [--out runs/learn] [--json bench/results/learn.json]
+    python bench/learn.py [--seeds 0 1 2 3 4] [--again] [--out runs/learn] [--json bench/results/learn.json]
 
 A questioner with random weights imitates 300 monologues; in a third of them every question is drawn from another problem, so is useless;
 the answers it then hears are the learned answerer's, the conclusion is the right one. From this prior:
@@ -14,7 +14,8 @@ the answers it then hears are the learned answerer's, the conclusion is the righ
 
 All are examined greedily on the same held-out problems of the split ``test``, which no choice was made on. ``useful`` is the share of the
 oracle's questions that were asked, although no reward speaks of questions. ``shuffled``: answers exchanged between episodes, to be at
-chance or below. What was made already is not made again, and a killed run is resumed, so the command can be stopped and repeated.
+chance or below. What was made already is not made again, and a killed run is resumed, so the command can be stopped and repeated. With
+``--again`` seeds are run a second time beside their first: how far two runs of a seed are apart belongs to the result.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ def examine(questioner: Path, run: Path, recipe: Reinforcement, count: int, cont
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    options.add_argument("--again", action="store_true", help="a second run of these seeds, kept beside the first")
     options.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     options.add_argument("--n", type=int, default=1000, help="test problems")
     options.add_argument("--out", type=Path, default=Path("runs/learn"))
@@ -126,7 +128,7 @@ def main() -> None:
     recipe = Reinforcement.read(read_recipe("outcome"))
     for seed in chosen.seeds:
         for arm in chosen.arms:
-            folder = chosen.out / str(seed)
+            folder = chosen.out / (f"{seed}-again" if chosen.again else str(seed))
             kept = folder / f"{arm}.json"
             if not kept.exists():
                 questioner = make(arm, folder, recipe, seed)
@@ -136,10 +138,10 @@ def main() -> None:
                         "accuracy"
                     ]
                 seconds = json.loads((folder / arm / "seconds.json").read_text())
-                kept.write_text(json.dumps({"seed": seed, "arm": arm, **found, "seconds": seconds}) + "\n")
+                kept.write_text(json.dumps({"seed": seed, "again": chosen.again, "arm": arm, **found, "seconds": seconds}) + "\n")
             print(kept.read_text().strip())
     rows = [json.loads(file.read_text()) for arm in ARMS for file in sorted(chosen.out.glob(f"*/{arm}.json"))]
-    command = "python bench/learn.py --seeds " + " ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+    command = "python bench/learn.py" + "; and --again --seeds 0 1" * any(row.get("again") for row in rows)
     machine = f"{platform.machine()}, Python {platform.python_version()}"
     result = {"name": "learn", "command": command, "machine": machine, "recipe": recipe.model_dump(mode="json"), "rows": rows}
     chosen.json.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +155,7 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for arm in ARMS:
         scores = [row["accuracy"] for row in rows if row["arm"] == arm]
         if scores:
-            found[arm] = {"seeds": len(scores), "mean": round(statistics.fmean(scores), 4), "least": min(scores), "most": max(scores)}
+            found[arm] = {"runs": len(scores), "mean": round(statistics.fmean(scores), 4), "least": min(scores), "most": max(scores)}
     return found
 
 

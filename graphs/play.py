@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from monologue.agents.policy import Policy, Usage
 from monologue.agents.tools import Toolbox
 from monologue.backends.base import BackendTimeout, BackendUnavailable
-from monologue.backends.garbage import settled
 from monologue.graphs.controls import CONTROLS, other_questions, partners, shown
 from monologue.graphs.oracle import Seat
 from monologue.graphs.registry import Graph, find
@@ -331,8 +330,7 @@ async def _all(concurrency: int, jobs: Iterator[Job], table: Table, done: Callab
 
     workers = [asyncio.ensure_future(worker()) for _ in range(concurrency)]
     try:
-        with settled():
-            await asyncio.gather(*workers)
+        await asyncio.gather(*workers)
     finally:
         for task in workers:
             task.cancel()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from monologue.agents.codec import CodecError
 from monologue.agents.load import check_role, codec_for, load_policy
 from monologue.agents.policy import Policy, close
 from monologue.backends.base import Sampling
+from monologue.backends.garbage import settled
 from monologue.backends.places import STARTERS, place, portable, short
 from monologue.graphs.crew import Crew
 from monologue.graphs.oracle import Seat, oracle, scripted
@@ -116,8 +116,7 @@ def _seated(graph: str, options: argparse.Namespace, loaded: dict[str, Policy]) 
 def player(graph: str, options: argparse.Namespace) -> Iterator[Callable[..., Summary]]:
     """``play(problems, run, **options)`` with the policies in their seats, in this process or in ``--processes`` of them."""
     if options.processes == 1:
-        with seats(graph, options) as taken:
-            gc.freeze()  # what is loaded stays: no collection need look through it again
+        with seats(graph, options) as taken, settled():
             yield partial(_play, graph, taken)
         return
     with Crew(partial(seated, graph, options), options.processes) as crew:

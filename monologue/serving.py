@@ -13,14 +13,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import cycle, zip_longest
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from monologue.usage import UsageError
-
-if TYPE_CHECKING:
-    from monologue.agents.codec import Codec
 
 TINY_PYTHON = Path(".venv-sglang/bin/python")
 ROLES = ("questioner", "answerer", "thinker")
@@ -98,6 +95,7 @@ def orders_of(options: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
 
 def _thinking(model: str) -> tuple[tuple[str, ...], dict[str, str]]:
     """Flags and environment of a server that thinks as its checkpoint was taught. Raises UsageError, BackendError."""
+    from monologue.agents.codec import CodecError
     from monologue.agents.load import codec_for
     from monologue.backends.checkpoints import open_config, open_processors
     from monologue.backends.inputs import Eyes
@@ -108,19 +106,13 @@ def _thinking(model: str) -> tuple[tuple[str, ...], dict[str, str]]:
     tokenizer, processor = open_processors(model, config)
     eyes: Any = Eyes(config, processor, model)
     try:
-        thinking = Thinking.of(habit_of(model), config, _ending(codec_for(tokenizer, eyes)), ROOM)
+        thinking = Thinking.of(habit_of(model), config, codec_for(tokenizer, eyes).ending, ROOM)
         return thinking.flags(config), environment(config)
+    except CodecError as error:
+        told = "serve it by monologue.backends.serving.latent with ids of your own in `after`"
+        raise UsageError(f"{model!r} cannot be served as a thinker: {error}; {told}") from error
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def _ending(codec: Codec) -> tuple[int, ...]:
-    """The ids that all prompts of a codec end with, whatever was said: where a reply begins."""
-    from monologue.agents.messages import Message
-
-    one, other = (codec.open([Message("user", word)])[::-1] for word in ("red", "blue"))
-    length = next(place for place, (a, b) in enumerate(zip_longest(one, other)) if a != b)
-    return one[:length][::-1]
 
 
 def wait_for_interrupt() -> None:

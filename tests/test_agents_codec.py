@@ -180,6 +180,15 @@ def test_the_codec_is_chosen_by_the_tokenizer() -> None:
         codec_for(ByteTokenizer(("<eos>",)))
 
 
+def test_all_prompts_end_as_the_codec_says_whatever_was_said(chat: ChatCodec, tiny: TinyCodec) -> None:
+    for codec, said in ((chat, ("Where is it?", "x", "a\n\n", "")), (tiny, ("red", "where is the red star ?"))):
+        for text in said:
+            for message in (Message("user", text or "-"), Message("tool", text or "-")):
+                assert codec.extend([message])[-len(codec.ending) :] == codec.ending
+            assert codec.open([Message("user", text or "-")])[-len(codec.ending) :] == codec.ending
+    assert chat.text(chat.ending) == "<|im_end|>\n<|im_start|>assistant\n" and tiny.text(tiny.ending) == "<assistant>"
+
+
 def test_pictures_are_refused_where_the_policy_does_not_see() -> None:
     for codec in (TinyCodec(tiny_tokenizer(), None), ChatCodec(chat_tokenizer(HERMES))):
         with pytest.raises(CodecError, match="does not see"):

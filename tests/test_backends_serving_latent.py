@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from monologue.backends.base import BackendError, Generation, ImageFacts, Prompt, RequestRefused, Sampling
 from monologue.backends.checkpoints import open_config
 from monologue.backends.latent import Habit
 from monologue.backends.perception.modes import Mode
-from monologue.backends.serving.latent import Thinking, environment
+from monologue.backends.serving.latent import MODELS, PACKAGE, Thinking, environment
 from monologue.cli import parser
 from monologue.seating import starter
 from monologue.serving import orders_of, settle
@@ -86,6 +90,36 @@ def test_thoughts_that_are_not_as_they_must_be_are_an_error(ids: tuple[int, ...]
         STEPS.apart(said(*ids), SAMPLING)
 
 
+def test_thoughts_follow_ids_and_servers_of_another_version_are_told_apart() -> None:
+    for wrong in ((), 5, [5]):
+        with pytest.raises(ValueError, match="tuple of ids"):
+            Thinking(id=100, after=wrong, steps=2)  # type: ignore[arg-type]
+    for told in (5, [], None):
+        facts = json.dumps({"latent": {"id": 100, "after": told, "steps": 2, "order": "state-first"}})
+        with pytest.raises(BackendError, match="start it again"):
+            Thinking.told({"json_model_override_args": facts})
+
+
+def test_a_server_knows_where_thoughts_follow_across_what_it_has_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file runs in the server's Python; what it takes from SGLang stands in the way here only of importing it."""
+    parts = {"layers.logits_processor": ("LogitsMetadata", "LogitsProcessor"), "layers.radix_attention": ("RadixAttention",)}
+    parts |= {"model_executor.forward_context": ("get_req_to_token_pool", "get_token_to_kv_pool")}
+    parts |= {"runtime_context": ("get_parallel", "get_server_args")}
+    for name, things in parts.items():
+        monkeypatch.setitem(sys.modules, f"sglang.srt.{name}", SimpleNamespace(**dict.fromkeys(things, object)))
+    spec = importlib.util.spec_from_file_location("steps", MODELS / PACKAGE / "steps.py")
+    assert spec is not None and spec.loader is not None
+    steps = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "steps", steps)
+    spec.loader.exec_module(steps)
+    model, places = steps.Latent.__new__(steps.Latent), steps.Places.__new__(steps.Places)
+    model.after, model._ids = [7, 9, 7], torch.tensor([7, 7, 9, 7, 9, 7, 5, 9, 7, 9, 7])  # slot 0 is nobody's
+    places.table = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 0, 0]])
+    places.requests, places.lane = torch.tensor([0, 1]), torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    places.place = torch.tensor([2, 3, 4, 0, 1, 2, 3])  # of the first request two places were read before
+    assert model._reached(places).tolist() == [True, False, True, False, False, False, True]
+
+
 def test_a_prompt_over_which_a_server_would_not_think_as_in_process_is_refused() -> None:
     pictures = {count: [ImageFacts("x", 56, 56, (1, 2, count), 0, count, "p")] for count in (3, 4, 20, 21)}
     for count in (4, 20):
@@ -113,8 +147,11 @@ def test_serve_starts_a_thinker_as_it_was_taught_and_refuses_who_was_not(tmp_pat
     [(_, order)] = orders("--thinker", str(chatty))
     told = Thinking.told({"json_model_override_args": order["flags"][1]})
     assert told is not None and tokenizer.decode(told.after) == "<|im_end|>\n<|im_start|>assistant\n"
-    with pytest.raises(ValueError, match="after which thoughts follow"):
-        Thinking.of(Habit.load(chatty), open_config(str(chatty)), after=(), room=12)
+    plain = PLAIN.replace("<|im_start|>assistant", "ASSISTANT:").replace("{{ part.text }}", "{{ part.text }}.")
+    tokenizer.chat_template = plain.replace("<|im_end|>", "{% if message.role == 'assistant' %}<|im_end|>{% endif %}")
+    tokenizer.save_pretrained(chatty)
+    with pytest.raises(UsageError, match=r"cannot be served as a thinker: .*ASSISTANT:.* as their common end"):
+        orders("--thinker", str(chatty))
     with pytest.raises(BackendError, match="not taught to think"):
         orders("--thinker", str(starter("answerer")))
     with pytest.raises(UsageError, match="nothing to serve"):

@@ -81,7 +81,7 @@ def bare(problem: Problem) -> Rationale:
 
 
 def of_run(run: RunReader, skipped: Counter[str] | None = None, solved: bool = True) -> list[Rationale]:
-    """The dialogues of a run, problem by problem, whichever ended first; ``solved``: only those that concluded with the gold answer. What
+    """The dialogues of a run by ids of problems, whichever ended first; ``solved``: only those that concluded with the gold answer. What
     gives none is counted by cause.
 
     Raises RunError on a damaged run.

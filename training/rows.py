@@ -154,7 +154,7 @@ def read_rows(
 
 
 def ordered(rows: Iterable[Row]) -> list[Row]:
-    """Rows stream by stream, the same whoever finished first: a run's files hold episodes as they ended, which no seed decides."""
+    """Rows by problem and stream, the same whoever finished first: a run's files hold episodes as they ended, which no seed decides."""
     return sorted(rows, key=lambda row: (row.group_id, row.sample_index, row.episode_id, row.role, row.stream, row.number))
 
 

@@ -58,14 +58,17 @@ class Thinking:
     think: int | None = None
     """Word by which a state says that it has not finished; None: the number of steps is fixed."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where thoughts follow nothing."""
+        if not isinstance(self.after, tuple) or not self.after:
+            raise ValueError(f"expected a tuple of ids after which thoughts follow, got {self.after!r}")
+
     @classmethod
     def of(cls, habit: Habit, config: Any, after: Sequence[int], room: int) -> Thinking:
         """As a checkpoint with this configuration was taught, its thoughts named by ids behind its vocabulary.
 
-        Raises ValueError for a habit that a server cannot follow, or where thoughts follow nothing.
+        Raises ValueError for a habit that a server cannot follow.
         """
-        if not after:
-            raise ValueError(f"expected ids after which thoughts follow, got {after!r}")
         mode = habit.mode
         wanted = {"thought": "state", "selects": "row", "positions": "mrope", "bottleneck": "off", "arrangement": "raster", "reuse": False}
         strange = [f"{name}={getattr(mode, name)!r}" for name, value in wanted.items() if getattr(mode, name) != value]
@@ -90,12 +93,14 @@ class Thinking:
 
     @classmethod
     def told(cls, server: Mapping[str, Any]) -> Thinking | None:
-        """As a server says that it was started; None where it takes no latent steps."""
+        """As a server says that it was started; None where it takes no latent steps. Raises BackendError."""
         facts = json.loads(server.get("json_model_override_args") or "{}").get("latent")
         if facts is None:
             return None
-        order = facts.pop("order", "state-first")
-        return cls(**{**facts, "after": tuple(facts["after"])}, patches_first=order == "patches-first")
+        order, after = facts.pop("order", "state-first"), facts.get("after")
+        if not isinstance(after, list) or not after:
+            raise BackendError(f"expected a server that thinks after a list of ids, got {after!r}; start it again with this version")
+        return cls(**{**facts, "after": tuple(after)}, patches_first=order == "patches-first")
 
     @property
     def places(self) -> int:

@@ -107,6 +107,9 @@ class Served:
                 given.append(pool[spots.index(place)])
             else:
                 given.append(embed(torch.tensor(token)))
+        for place in range(first - 1, len(whole) - 1):  # thoughts stand behind the whole of what they follow and nowhere else
+            if how.think is None and whole[place] < how.id:
+                assert (whole[place + 1] >= how.id) == (tuple(whole[: place + 1][-len(how.after) :]) == how.after), place
         hidden, _ = read()
         banned = [model.config.image_token_id, model.config.video_token_id]
         logits = model.lm_head(hidden)[:-1]
@@ -216,6 +219,19 @@ def test_a_second_turn_is_right_over_kept_thoughts_and_over_thoughts_read_again(
     for prompt, before, ((ids, values), meta) in zip(prompts, first, served.together(prompts, first), strict=True):
         assert (meta["cached_tokens"] > len(prompt.ids)) == kept
         assert served.proven(prompt, [*before, *ids], len(prompt.ids) + len(before), values) >= 3
+
+
+def test_a_part_of_what_thoughts_follow_starts_none(random_model: Served) -> None:
+    prompt, begun = random_model.prompts[0], [12, 13, 9, 7]
+    (reply, _), _ = random_model.say(prompt, temperature=0.0, words=8)
+    before = [*reply, *begun]
+    (words, values), _ = random_model.say(prompt, before, temperature=0.0, words=4)
+    assert words[0] < random_model.thinking.id
+    assert random_model.proven(prompt, [*before, *words], len(prompt.ids) + len(before), values) == 2
+    before += [9, 7]
+    (thoughts, values), _ = random_model.say(prompt, before, temperature=0.0, words=12)
+    assert thoughts[0] == random_model.thinking.id
+    assert random_model.proven(prompt, [*before, *thoughts], len(prompt.ids) + len(before), values) == 4
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 4, 5])

@@ -117,6 +117,8 @@ class Latent:
             raise NotImplementedError(
                 "what stands beside keys and values does not move with them: no hierarchical cache, PD split or DP attention"
             )
+        if not isinstance(self.after, list) or not self.after:
+            raise ValueError(f"expected a list of ids after which thoughts follow, got {self.after!r}")
         if self.id + self.room >= vocabulary:
             raise ValueError(f"expected thoughts within {vocabulary} ids, got {self.id} and {self.room} behind it")
         silent = [*range(self.id, self.id + 1 + self.room), *([] if self.word is None else [self.word])]
