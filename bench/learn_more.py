@@ -310,7 +310,8 @@ def main() -> None:
     if chosen.split == "test":
         rows = [json.loads(file.read_text()) for file in sorted(chosen.out.glob("*/*.test.json"))]
         machine = f"{platform.machine()}, Python {platform.python_version()}"
-        result = {"name": "learn_more", "command": "python bench/learn_more.py", "machine": machine, "recipe": OUTCOME, "rows": rows}
+        command = "python bench/learn_more.py --seeds " + " ".join(map(str, sorted({row["seed"] for row in rows})))
+        result = {"name": "learn_more", "command": command, "machine": machine, "recipe": OUTCOME, "rows": rows}
         chosen.json.write_text(json.dumps({**result, "ratio": summary_of(rows)}, indent=1) + "\n")
 
 
