@@ -94,12 +94,14 @@ def main() -> None:
                     told |= {
                         name: learn.examine(folder / "questioner", test, recipe, chosen.n)[name] for name in ("accuracy", "stderr", "n")
                     }
-                    kept.write_text(json.dumps({"arm": arm, "lag": lag, "seed": seed, **told}) + "\n")
+                    begun = {"arm": arm, "lag": lag, "seed": seed, "prior": chosen.prior.parent.name}
+                    kept.write_text(json.dumps({**begun, **told}) + "\n")
                 print(kept.read_text().strip(), flush=True)
     rows = [json.loads(file.read_text()) for file in sorted(chosen.out.glob("*/*.json"))]
     ratio = {f"{row['arm']}, {row['lag']} versions old, seed {row['seed']}": row["accuracy"] for row in rows}
     machine = f"{platform.machine()}, Python {platform.python_version()}"
-    command = f"python bench/staleness.py --prior runs/learn/{chosen.prior.parent.name}/prior --seeds {' '.join(map(str, chosen.seeds))}"
+    runs = sorted({(row["prior"], row["seed"]) for row in rows})
+    command = "; ".join(f"python bench/staleness.py --prior runs/learn/{prior}/prior --seeds {seed}" for prior, seed in runs)
     chosen.json.write_text(
         json.dumps({"name": "staleness", "command": command, "machine": machine, "rows": rows, "ratio": ratio}, indent=1) + "\n"
     )
