@@ -19,6 +19,7 @@ Accuracy of the answer stands beside the seconds: ``direct`` is quick and wrong.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -35,6 +36,7 @@ from rollout import spread
 from monologue.agents.load import load_policy
 from monologue.backends.base import Sampling
 from monologue.backends.checkpoints import open_checkpoint
+from monologue.backends.garbage import settled
 from monologue.backends.inputs import Inputs
 from monologue.backends.latent import Habit
 from monologue.backends.perception.ivtlr import LatentReasoner
@@ -124,8 +126,8 @@ def main() -> None:
         arms[f"graph latent, {family}"] = played("latent:percent=0", seated, some)
         arms[f"graph monologue, {family}"] = played("monologue", seated, some)
     rows: list[dict[str, Any]] = []
-    for repeat in range(-1, chosen.repeats):  # the first is not counted
-        for arm, run in arms.items():
+    with settled():  # as ``monologue play`` does
+        for repeat, (arm, run) in itertools.product(range(-1, chosen.repeats), arms.items()):  # the first is not counted
             started = time.perf_counter()
             accuracy = run()
             rows += [{"repeat": repeat, "arm": arm, "accuracy": round(accuracy, 4), "seconds": round(time.perf_counter() - started, 4)}]
