@@ -203,10 +203,13 @@ def test_prompts_are_thought_about_together_as_in_process(served: Served) -> Non
 
 def test_requests_that_were_taken_from_the_batch_think_as_if_they_had_not_been(interrupted: Served) -> None:
     prompts, retracted = interrupted.prompts * 4, 0
-    for prompt, ((ids, values), meta) in zip(prompts, interrupted.together(prompts, [[] for _ in prompts]), strict=True):
-        assert interrupted.proven(prompt, ids, len(prompt.ids), values) >= 2
-        retracted += meta["num_retractions"]
-    assert retracted > 0
+    for _ in range(10):  # a busy machine may deal with requests one after another, and one alone is never taken out
+        for prompt, ((ids, values), meta) in zip(prompts, interrupted.together(prompts, [[] for _ in prompts]), strict=True):
+            assert interrupted.proven(prompt, ids, len(prompt.ids), values) >= 2
+            retracted += meta["num_retractions"]
+        if retracted:
+            return
+    raise AssertionError("nobody was taken from the batch")
 
 
 @pytest.mark.parametrize("kept", [True, False])
