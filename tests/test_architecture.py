@@ -79,5 +79,5 @@ def test_source_reads_as_python_3_10() -> None:
 
 def test_the_front_door_is_light() -> None:
     code = "import sys, monologue, monologue.traces, monologue.tasks.shapes; print([m for m in %r if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code % (LIGHT_FORBIDS,)], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run([sys.executable, "-c", code % (LIGHT_FORBIDS,)], stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"

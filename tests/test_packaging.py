@@ -15,7 +15,7 @@ ROOMS = ("agents", "backends", "graphs", "tasks", "traces", "training")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    subprocess.run(command, check=True)
     return next(out.glob("*.whl"))
 
 
@@ -40,7 +40,7 @@ def test_without_torch_the_light_rooms_import_and_the_heavy_door_says_what_to_in
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel]
-    subprocess.run(install, check=True, capture_output=True)
+    subprocess.run(install, check=True)
     code = """
 import importlib.util, monologue, monologue.traces.recorder, monologue.tasks.shapes, monologue.graphs.play, monologue.backends.scripted
 assert importlib.util.find_spec("torch") is None
@@ -48,7 +48,7 @@ for room in ("agents", "graphs", "backends", "tasks", "traces", "training"):
     assert importlib.util.find_spec(room) is None, room
 print(next(monologue.tasks.shapes.Shapes().problems("test", 1)).question)
 """
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    done = subprocess.run([python, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path, check=True)
     assert done.stdout.strip().endswith("?")
     play = [python, "-m", "monologue", "play", "--n", "1", "--out", tmp_path / "run"]
     refused = subprocess.run(play, capture_output=True, text=True, cwd=tmp_path)

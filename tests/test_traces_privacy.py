@@ -241,7 +241,7 @@ def test_an_instrumented_process_gets_its_line() -> None:
     code += "print(list(uploads())); trace.set_tracer_provider(TracerProvider()); print(*uploads())"
     addresses = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://me:password@elsewhere.example:4318"}
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("LANG", "OTEL"))} | addresses
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=ROOT)
     before, told = done.stdout.splitlines()
     assert before == "[]" and "OTEL_EXPORTER_OTLP_ENDPOINT" in told and "elsewhere.example" in told and "password" not in told
 

@@ -166,7 +166,7 @@ print(to_inspect(sys.argv[1], sys.argv[2]), resource.getrusage(resource.RUSAGE_S
 def megabytes(run: Path, wanted: int) -> int:
     """What a process of its own needs at most to write the log of a run."""
     words = [sys.executable, "-c", MEASURE, str(run), f"{run}.eval"]
-    count, peak = subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()
+    count, peak = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
     assert int(count) == wanted
     return int(peak)
 

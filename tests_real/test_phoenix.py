@@ -221,7 +221,7 @@ def test_the_chat_view_shows_dialogue_picture_and_reward(phoenix: Server, played
     call = next(call for call in episode.calls() if call.role == "answerer")
     words = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom"]
     words += ["--window-size=1500,1400", "--virtual-time-budget=60000", f"{phoenix.http}/redirects/spans/{call.span_id}"]
-    page = subprocess.run(words, capture_output=True, text=True, timeout=240, check=True).stdout
+    page = subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=240, check=True).stdout
     picture, heard = json.loads(call.messages[0])["parts"]
     png = (run / picture["uri"]).read_bytes()
     assert f'src="data:image/png;base64,{base64.b64encode(png).decode()}"' in page
