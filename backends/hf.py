@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,6 +23,7 @@ from typing import Any, TypeAlias
 import torch
 import transformers
 from PIL.Image import Image
+from torch import Tensor
 
 from monologue.backends.base import LATENT, BackendError, Facts, Generation, ImageFacts, Prompt, RequestRefused, Sampling
 from monologue.backends.batching import Batcher, Ticket
@@ -59,6 +61,22 @@ class _Load:
 
 _Job: TypeAlias = "_Generate | _Score | _Load"
 _Tickets: TypeAlias = "list[Ticket[Any, Any]]"
+
+
+class _Shown:
+    """The pictures of one batch, each prepared once however many requests show it: the same pixels give the same tensor."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+        self._known: dict[tuple[Any, ...], Tensor] = {}
+
+    def pixels(self, images: Sequence[Image]) -> Tensor:
+        """Patches of all pictures, one after another (N, values)."""
+        plain = [image.convert("RGB") for image in images]
+        key = tuple((image.size, image.tobytes()) for image in plain)
+        if key not in self._known:
+            self._known[key] = self._inputs.pixels(plain)[0]
+        return self._known[key]
 
 
 class HFBackend:
@@ -234,26 +252,26 @@ class HFBackend:
 
     def _lanes(self, tickets: _Tickets) -> list[tuple[Ticket[Any, Any], Lane]]:
         """Tickets with what the model is fed; a request whose pictures cannot be prepared fails alone."""
-        ready = []
+        ready, shown = [], _Shown(self._inputs)
         for ticket in tickets:
             try:
-                ready.append((ticket, self._lane(ticket.job)))
+                ready.append((ticket, self._lane(ticket.job, shown)))
             except (BackendError, ValueError, OSError) as error:
                 refusal = RequestRefused(f"the pictures of this request cannot be prepared: {error}")
                 refusal.__cause__ = error
                 ticket.fail(refusal)
         return ready
 
-    def _lane(self, job: _Generate | _Score) -> Lane:
+    def _lane(self, job: _Generate | _Score, shown: _Shown) -> Lane:
         """A scored lane is read whole; one that is to go on takes up what its stream has read."""
         prompt, images = job.prompt, job.images
         ids = (*prompt.ids, *(job.ids if isinstance(job, _Score) else ()))
-        shown = tuple(picture.sha256 for picture in prompt.pictures)
+        names = tuple(picture.sha256 for picture in prompt.pictures)
         stream = prompt.affinity if isinstance(job, _Generate) else ""
-        read = self._prefixes.find(stream, ids, shown) if stream else None
+        read = self._prefixes.find(stream, ids, names) if stream else None
         grids = torch.tensor([image.grid for image in images]) if images else None
-        pixels = self._inputs.pixels([picture.image for picture in prompt.pictures])[0] if images and read is None else None
+        pixels = shown.pixels([picture.image for picture in prompt.pictures]) if images and read is None else None
         limit = self._limit(prompt, job.sampling)
         fresh = grids if read is None else None
-        more: dict[str, Any] = {"affinity": stream, "pictures": shown, "read": read, "chosen": prompt.chosen}
+        more: dict[str, Any] = {"affinity": stream, "pictures": names, "read": read, "chosen": prompt.chosen}
         return Lane(ids, self._inputs.positions(ids, grids), pixels, fresh, job.sampling, limit, **more)
