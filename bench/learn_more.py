@@ -14,7 +14,8 @@ credit    ``bench/learn.py``'s recipe in fewer iterations: ``team``, ``turn`` wi
 rivals    From the same 300 problems with as many updates, then as many episodes and updates as ``bench/learn.py``'s two stages:
           ``direct-prior`` the answerer imitates one-shot answers, ``direct-more`` goes on with that, ``direct-reinforced`` is reinforced on
           the answer; ``blind`` reinforces the weak questioner where it cannot ask. Equal are problems, episodes and updates; ``sampled``
-          counts ids, of which a dialogue has more.
+          counts ids, of which a dialogue has more. ``direct-long`` and ``blind-long`` go on until a one-shot reply's two ids have
+          become as many as the dialogues' 298,000: 9.6 times the episodes and updates.
 controls  ``bench/learn.py``'s reinforced pair with answers shuffled, the picture swapped, and valid questions at random.
 
 Everything is examined greedily on problems of the split ``test`` (``--split validation`` for pilots). What is there is not made again, and
@@ -215,6 +216,8 @@ ALL = {**SHORT, "iterations": 25, "families": ",".join(FAMILIES), "max_turns": 8
 ONE: dict[str, Any] = {"families": "attribute,near,kin"}
 SIGHT = {**SHORT, "trained": ["answerer"], "lr": 1e-4}
 BOTH = {**SHORT, "trained": ["questioner", "answerer"], "lr": {"questioner": 3e-4, "answerer": 1e-4}}
+ONCE = {**QUICK, "graph": "direct", "trained": ["answerer"], "lr": 1e-4}
+LONG = {"iterations": 1150, "save_every": 25}
 three = dialogues("attribute,near,kin")
 EXPERIMENTS: dict[str, dict[str, Arm]] = {
     "stop": {
@@ -238,10 +241,10 @@ EXPERIMENTS: dict[str, dict[str, Arm]] = {
     "rivals": {
         "direct-prior": Arm(one_shot(300), dialogues(graph="direct", **ONE)),
         "direct-more": Arm(one_shot(540), dialogues(graph="direct", **ONE)),
-        "direct-reinforced": Arm(
-            one_shot(300), dialogues(graph="direct", **ONE), {**QUICK, "graph": "direct", "trained": ["answerer"], "lr": 1e-4}
-        ),
+        "direct-reinforced": Arm(one_shot(300), dialogues(graph="direct", **ONE), ONCE),
+        "direct-long": Arm(one_shot(300), dialogues(graph="direct", **ONE), {**ONCE, **LONG}),
         "blind": Arm(weak, dialogues(graph="blind", **ONE), {**QUICK, "graph": "blind"}),
+        "blind-long": Arm(weak, dialogues(graph="blind", **ONE), {**QUICK, "graph": "blind", **LONG}),
     },
     "controls": {
         "reinforced": Arm(learned, three),
