@@ -94,8 +94,8 @@ def theirs(python: Path, model: Path, folder: Path, facts: dict[str, Any]) -> li
 def given(prompt: str, samples: int, iterations: int, folder: Path) -> dict[str, Any]:
     """What both arms are given: the policy in ``folder/model``, the problems' texts and pictures, and how much to sample."""
     tokenizer, seen = build_tokenizer(), prompt in SIDES
-    things = [build_answerer(0, tokenizer), build_image_processor(SIDES[prompt], SIDES[prompt])] if seen else [build_questioner(0, tokenizer)]
-    for thing in (*things, tokenizer):
+    sighted = (build_answerer(0, tokenizer), build_image_processor(SIDES[prompt], SIDES[prompt])) if seen else ()
+    for thing in (*(sighted or [build_questioner(0, tokenizer)]), tokenizer):
         thing.save_pretrained(folder / "model")
     problems = list(Told(prompt == "caption").problems("train", 64 // samples * iterations))
     facts: dict[str, Any] = {"episodes": 64, "samples": samples, "tokens": 16, "iterations": iterations, "lr": 1e-4}
