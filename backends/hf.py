@@ -64,7 +64,7 @@ _Tickets: TypeAlias = "list[Ticket[Any, Any]]"
 
 
 class _Shown:
-    """The pictures of one batch, each prepared once however many requests show it: the same pixels give the same tensor."""
+    """The pictures of one batch, prepared once however many requests show them: the same pixels give the same tensor."""
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs

@@ -7,7 +7,7 @@ import math
 import random
 import shutil
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from monologue.backends.base import (
 )
 from monologue.backends.decoding import Decoder, Lane
 from monologue.backends.hf import HFBackend
+from monologue.backends.inputs import Inputs
 from monologue.backends.latent import Habit
 from monologue.backends.perception.modes import Mode
 from monologue.backends.places import fingerprint
@@ -148,14 +149,34 @@ async def test_prompts_that_are_alike_are_read_once_and_each_has_its_own_reply(
         read.append(len(lanes))
         return forward(self, lanes, **options)
 
+    prepared: list[int] = []
+    pixels = Inputs.pixels
+
+    def noted(self: Inputs, images: Sequence[Image.Image]) -> Any:
+        prepared.append(len(images))
+        return pixels(self, images)
+
     monkeypatch.setattr(Decoder, "_forward", counted)
+    monkeypatch.setattr(Inputs, "pixels", noted)
     found = await together(engine, prompts, SAMPLED)
     await engine.aclose()
     assert read == [len(prompts) // 3]
+    assert prepared == [len(prompt.pictures) for prompt in prompts[::3] if prompt.pictures]
     assert [one.ids for one in found] == [one.ids for one in alone]
     assert len({one.ids for one in found}) > len(prompts) // 3
     for one, other in zip(found, alone, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+async def test_pictures_of_equal_bytes_and_other_palettes_are_two(engines: dict[str, HFBackend]) -> None:
+    engine = engines["qwen2"]
+    black, white = Image.new("P", (56, 56)), Image.new("P", (56, 56))
+    black.putpalette([0, 0, 0]), white.putpalette([255, 255, 255])
+    assert black.tobytes() == white.tobytes()
+    count = engine.placeholders(black).count
+    prompts = [Prompt((7, *[tiny.IMAGE] * count, 8), (Picture("same", image),)) for image in (black, white)]
+    for prompt, reply in zip(prompts, await together(engine, prompts, GREEDY), strict=True):
+        assert reply.logprobs == pytest.approx(reference(engine, prompt, reply.ids, 0), abs=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
