@@ -49,12 +49,12 @@ def adapt(model: Any, lora: Lora, seed: int = 0) -> None:
 
 
 def merged(model: Any) -> dict[str, Tensor]:
-    """The model's weights with the adapters added in, under the names that they had before."""
+    """The model's weights with the adapters added in, under the names that they had before; what is added lies in the host's memory."""
     found = {name.replace(".base_layer.", "."): value.detach() for name, value in model.state_dict().items() if ".lora_" not in name}
     for name, layer in model.named_modules():
         if hasattr(layer, "get_delta_weight") and NAME in layer.lora_A:
             place = f"{name}.weight"
-            found[place] = found[place] + layer.get_delta_weight(NAME).detach().to(found[place])
+            found[place] = (found[place] + layer.get_delta_weight(NAME).detach().to(found[place])).cpu()
     return found
 
 
