@@ -38,7 +38,7 @@ def user_errors() -> tuple[type[Exception], ...]:
         "monologue.agents.codec": "CodecError",
         "monologue.backends.base": "BackendError",
         "monologue.training.recipe": "RecipeError",
-        "monologue.training.collate": "RowError",
+        "monologue.training.rows": "RowError",
         "monologue.training.gate": "GateError",
         "monologue.traces.extras": "ExportError",
         "monologue.training.dataset": "MissingExtra",

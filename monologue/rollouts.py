@@ -88,14 +88,15 @@ class Rollouts:
         asyncio.run(self.seats[role].backend.load(weights, version))
 
     def policy(self, role: str) -> str:
-        return self.seats[role].policy_id
+        """A role's policy is named after it, whatever its weights."""
+        return role
 
     def rewards(self) -> dict[str, Reward]:
         """Progress and counterfactuals by the questioner as it is, and the recipe's judge."""
         found: dict[str, Reward] = {}
-        if "questioner" in self.seats:
-            asker = self.seats["questioner"]
-            found |= {"progress": progress(asker), COUNTERFACTUAL: counterfactual(asker)}
+        if "questioner" in find(self.recipe.graph).roles:
+            found |= {"progress": lambda episode: progress(self.seats["questioner"])(episode)}
+            found |= {COUNTERFACTUAL: lambda episode: counterfactual(self.seats["questioner"])(episode)}
         return found | ({"judge": judged(rated(chat_model(self.recipe.judge)))} if self.recipe.judge else {})
 
     def examine(self, iteration: int) -> dict[str, float]:
@@ -116,6 +117,9 @@ class Rollouts:
             self._next, self._problems = 0, self._endless()
         found = list(itertools.islice(self._problems, wanted - self._next, wanted - self._next + count))
         self._next = wanted + count
+        different = len({problem.id for problem in found})
+        if different < count:
+            raise RecipeError(f"problems={count} an iteration, but the split {self.recipe.split!r} of {self.task.name!r} has {different}")
         return found
 
     def _endless(self) -> Iterator[Problem]:
@@ -138,16 +142,16 @@ def reinforce(
     Raises RecipeError, RunError, RowError, GateError, BackendError, CodecError.
     """
     chosen = recipe if isinstance(recipe, Reinforcement) else Reinforcement.read(dict(recipe))
+    main = PartialState(cpu=chosen.device == "cpu").is_main_process  # first of all: it gives each process its own device
     numbers: dict[str, Any] = {"device": chosen.device, "dtype": chosen.dtype, "lora": chosen.lora}
     learners = {role: Learner.open(source_of(chosen, role), **numbers) for role in chosen.trained}
     if task is None:
         return train(chosen, out, learners, None, resume=resume, **more)
-    seats = seated(chosen)
+    seats = seated(chosen) if main else {}  # one process plays
     try:
         stage = Rollouts(chosen, task, seats)
-        if PartialState(cpu=chosen.device == "cpu").is_main_process:
-            for role in set(chosen.served) - set(chosen.trained):
-                stage.begin(role, source_of(chosen, role), fingerprint(place(source_of(chosen, role))))
+        for role in set(chosen.served) - set(chosen.trained) if main else ():
+            stage.begin(role, source_of(chosen, role), fingerprint(place(source_of(chosen, role))))
         return train(chosen, out, learners, stage, resume=resume, **more)
     finally:
         asyncio.run(close(seats.values()))

@@ -13,7 +13,7 @@ from monologue.traces.store import RunReader, RunWriter
 from monologue.training.credit import Averages, assign, at_turns, write
 from monologue.training.judges import judged
 from monologue.training.rewards import REWARDS, give
-from monologue.training.rows import Row, read_rows, split
+from monologue.training.rows import Row, RowError, read_rows, split
 
 FACTS: dict[str, Any] = {
     **{"policy_id": "p", "trainable": True, "engine": "e", "engine_version": "1", "model": "m", "tokenizer_hash": "t"},
@@ -127,6 +127,12 @@ def test_options_that_a_kind_does_not_know_and_missing_rewards_are_refused(tmp_p
         assign(rows, "team", share=0.5)
     with pytest.raises(ValueError, match="discount belongs"):
         assign(rows, "per_role", discount=0.5)
+
+
+def test_a_reward_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    run = record(tmp_path / "run", [{"problem": "a", "reward": 1.0, "turns": 1}])
+    with pytest.raises(RowError, match="a finite number from the reward 'broken', got nan for episode"):
+        give(RunReader(run), RunWriter(run, resume=True, name="judge"), {"broken": (lambda episode: math.nan, 1.0)})
 
 
 def test_rewards_land_in_the_trace_once_with_name_and_weight_and_count(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from monologue.backends.base import Sampling
 from monologue.cli import main
 from monologue.tasks.shapes import Shapes
 from monologue.traces.store import RunReader
-from monologue.training.collate import RowError
 from monologue.training.rationales import of_run
+from monologue.training.rows import RowError
 from monologue.training.starter.models import build_answerer, build_image_processor, build_questioner, build_tokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,16 @@ from safetensors.torch import load_file
 from monologue.cli import main
 from monologue.rollouts import Rollouts, seated, source_of
 from monologue.seating import starter
+from monologue.tasks.base import Problem
 from monologue.tasks.shapes import Shapes
 from monologue.traces.page.detail import curves
-from monologue.traces.store import RunReader
+from monologue.traces.schema import Annotation
+from monologue.traces.store import RunError, RunReader, RunWriter
 from monologue.traces.verify import verify
 from monologue.training.adapters import Lora
-from monologue.training.collate import Collate, score
+from monologue.training.collate import OUTSIDE, Collate, score
 from monologue.training.gate import GateError
+from monologue.training.objectives import Grpo
 from monologue.training.policies import Learner, Policies
 from monologue.training.recipe import RecipeError, read_recipe
 from monologue.training.reinforce import latest, reinforce
@@ -33,6 +39,7 @@ from monologue.training.reinforcement import Reinforcement
 from monologue.training.released import as_released
 from monologue.training.replay import Weights
 from monologue.training.rows import read_rows
+from monologue.training.sources import Logged
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("attribute", "near")
@@ -198,6 +205,91 @@ def test_a_sample_of_the_batch_is_proven_and_the_rest_taken_as_recorded(tmp_path
     assert lines[0]["effective"] < 1.0 and 0 < lines[0]["compared"] < lines[0]["sampled"] / 2
 
 
+def test_ids_that_another_nucleus_leaves_out_teach_nothing_and_harm_nothing(tmp_path: Path) -> None:
+    """Their log-prob is minus infinity by the weights that are trained, and a difference of two such is no number."""
+    logged, wild = tmp_path / "run", {"top_p": 0.9, "temperature": 3.0, "lr": 1e-2, "guards": {"entropy": None}}
+    go(logged, iterations=3, keep=9, **wild)
+    learner, reader = Learner.open(str(logged / "questioner")), RunReader(logged)
+    seen = score(learner.checkpoint.model, Collate(learner.inputs, reader.picture)(list(read_rows(reader, ["questioner"]))))
+    assert float((seen.logprobs == OUTSIDE).sum()) > 5, "it does happen here"
+    seen.logprobs.sum().backward()
+    assert all(bool(one.grad.isfinite().all()) for one in learner.trained if one.grad is not None)
+    blind = {"entropy": None, "effective": None, "masked": None}
+    for name, more in (("grpo", {"kl": 0.01}), ("topr", {}), ("awr", {})):
+        settings = {"objective": {"name": name, **more}, "guards": blind, "rows": 99, "passes": 2, "questioner": str(logged / "questioner")}
+        lines = offline(tmp_path / name, logged, **settings, **({"proof": 0} if name != "awr" else {}))
+        assert all(math.isfinite(line[fact]) for line in lines for fact in ("loss", "kl", "entropy"))
+        assert math.isfinite(gap(tmp_path / name / "questioner", logged / "questioner"))
+    lines = go(tmp_path / "ppo", iterations=3, objective={"name": "ppo", "kl": 0.2}, **wild)
+    assert all(math.isfinite(line[fact]) for line in lines for fact in ("loss", "kl", "penalty"))
+
+
+def test_no_step_is_taken_on_what_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoilt(self: Grpo, *rest: Any) -> torch.Tensor:
+        return surrogate(self, *rest) * math.nan
+
+    surrogate = Grpo.loss
+    monkeypatch.setattr(Grpo, "loss", spoilt)
+    with pytest.raises(GateError, match="the loss of 'questioner' is nan in iteration 0"):
+        go(tmp_path / "run")
+
+
+def test_a_kill_between_two_rewards_of_an_episode_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"iterations": 1, "rewards": {"asked": -0.05, "well_formed": 0.1}}
+    whole, annotate, told = go(tmp_path / "whole", **settings), RunWriter.annotate, []
+
+    def dying(self: RunWriter, record: Annotation) -> None:
+        annotate(self, record)
+        told.append(record.name)
+        if told.count("well_formed") == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunWriter, "annotate", dying)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "killed", **settings)
+    monkeypatch.setattr(RunWriter, "annotate", annotate)
+    again = go(tmp_path / "killed", resume=True, **settings)
+    assert [(line["reward"], line["losses"]) for line in again] == [(line["reward"], line["losses"]) for line in whole]
+    assert gap(tmp_path / "killed" / "questioner", tmp_path / "whole" / "questioner") == 0.0
+
+
+def test_more_steps_than_a_role_has_rows_give_nobody_anothers(tmp_path: Path) -> None:
+    both = {"trained": ["questioner", "answerer"], "minibatches": 8, "problems": 1, "samples": 2, "iterations": 1}
+    lines = go(tmp_path / "run", **both)
+    assert len(lines[0]["losses"]) == 8 and gap(tmp_path / "run" / "questioner", starter("questioner")) > 0
+
+
+def test_both_roles_of_a_logged_episode_are_learned_from_together(tmp_path: Path) -> None:
+    roles = ["questioner", "answerer"]
+    go(tmp_path / "run", trained=roles, alternate=1, iterations=3, keep=9)
+    lines = offline(tmp_path / "out", tmp_path / "run", trained=roles, iterations=6, rows=4, objective={"name": "awr"})
+    assert len(lines) == 6
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    with pytest.raises(RecipeError, match="which are one; name it once"):
+        Logged([str(tmp_path / name) for name in ("run", "copy")], roles, 4, 0)
+
+
+def test_a_run_goes_on_with_its_own_recipe_alone(tmp_path: Path) -> None:
+    go(tmp_path, save_every=1, iterations=1)
+    with pytest.raises(RecipeError, match=r"credit is 'turn', was 'team'; lr is 0.005, was 0.001; .*resume it as it was"):
+        go(tmp_path, resume=True, credit="turn", lr=5e-3, passes=2)
+    assert [line["step"] for line in go(tmp_path, resume=True, iterations=2, save_every=2, keep=3)] == [0, 1]
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(RunError, match=r"a line for each of 2 iterations in .* got 0"):
+        go(tmp_path, resume=True, iterations=3)
+
+
+def test_a_task_with_too_few_problems_is_refused(tmp_path: Path) -> None:
+    class Few(Shapes):
+        def problems(self, split: str, n: int | None = None, seed: int = 0) -> Iterator[Problem]:
+            return islice(super().problems(split, 5, seed), n)
+
+    recipe = Reinforcement.read({**SMALL, "problems": 8})
+    with pytest.raises(RecipeError, match="problems=8 an iteration, but the split 'train' of 'shapes' has 5"):
+        Rollouts(recipe, Few(FAMILIES), {}).problems(0)
+    assert len(Rollouts(Reinforcement.read({**SMALL, "problems": 4}), Few(FAMILIES), {}).problems(1)) == 4, "it begins again"
+
+
 def test_recipes_refuse_what_cannot_be_honoured(capsys: pytest.CaptureFixture[str]) -> None:
     for settings, word in (
         ({"objective": {"name": "topr", "cap": 2.0}}, "cap"),
@@ -214,6 +306,16 @@ def test_recipes_refuse_what_cannot_be_honoured(capsys: pytest.CaptureFixture[st
         ({"verified": 4, "objective": {"name": "ppo"}}, "does not go with objective 'ppo'"),
         ({"verified": 4, "mixed": "bfloat16", "tolerance": 0.1}, "mixed='bfloat16'"),
         ({"shard": True, "lora": {}}, "not sharded"),
+        ({"lr": -1e-4}, "greater than 0"),
+        ({"lr": {"questioner": 0.0}}, "greater than 0"),
+        ({"seed": -1}, "greater than or equal to 0"),
+        ({"share": 0.5}, "share belongs to credit='per_role'"),
+        ({"discount": 0.5}, "discount belongs to credit='turn'"),
+        ({"objective": {"name": "ppo"}, "credit": "turn"}, "would be ignored"),
+        ({"objective": {"name": "filter"}, "credit": "counterfactual"}, "would be ignored"),
+        ({"credit": "counterfactual", "rewards": {"counterfactual": 0.5}}, "leave it out of rewards"),
+        ({"runs": ["x"], "first": 5, "split": "test", "examine": 3, "keep": 9}, "examine, first, keep, split belong to playing"),
+        ({"runs": ["x"], "objective": {"name": "awr"}, "proof": 64}, "proof=64 would be ignored"),
     ):
         with pytest.raises(RecipeError, match=word):
             Reinforcement.read(settings)

@@ -24,9 +24,9 @@ from monologue.tasks.shapes import Shapes
 from monologue.traces.images import Picture
 from monologue.traces.recorder import Recorder
 from monologue.traces.store import RunReader, RunWriter
-from monologue.training.collate import Batch, Collate, RowError, sampled_logprobs
+from monologue.training.collate import Batch, Collate, sampled_logprobs
 from monologue.training.losses import imitation
-from monologue.training.rows import Counts, Row, plain_row, read_rows, split
+from monologue.training.rows import Counts, Row, RowError, plain_row, read_rows, split
 
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=12).map(tuple)
 SAID = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=8).map(tuple)

@@ -35,7 +35,9 @@ class Lora(BaseModel):
 
 
 def adapt(model: Any, lora: Lora, seed: int = 0) -> None:
-    """Puts adapters that add nothing yet into the model, to be the only weights with a gradient. Raises RecipeError without peft."""
+    """Puts adapters that add nothing yet into the model, to be the only weights with a gradient. Raises RecipeError without peft and where
+    no layer is a target.
+    """
     try:
         import peft
     except ModuleNotFoundError as error:
@@ -45,7 +47,10 @@ def adapt(model: Any, lora: Lora, seed: int = 0) -> None:
     torch.manual_seed(seed)
     settings: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.targets, "lora_dropout": 0.0}
     config = peft.LoraConfig(**settings)
-    peft.inject_adapter_in_model(config, model, adapter_name=NAME)
+    try:
+        peft.inject_adapter_in_model(config, model, adapter_name=NAME)
+    except ValueError as error:
+        raise RecipeError(f"expected lora.targets that are ends of linear layers' names, got {lora.targets!r}; {error}") from error
 
 
 def merged(model: Any) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,14 +26,12 @@ from torch import Tensor
 from monologue.backends.base import Sampling
 from monologue.backends.inputs import Inputs
 from monologue.backends.sampling import log_distribution
-from monologue.training.rows import Piece, Row
+from monologue.training.rows import Piece, Row, RowError
 from monologue.training.trees import Line, lines, mask, parts
 
 PLAIN = Sampling(temperature=1.0)
-
-
-class RowError(ValueError):
-    """A row that this model cannot be trained on as it stands."""
+OUTSIDE = -20.0
+"""Nats of a sampled id that the nucleus of the present weights leaves out. Minus infinity would be right and makes NaN of differences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +150,7 @@ class Scored:
     """What a model makes of a batch."""
 
     logprobs: Tensor
-    """(S,) of the sampled ids, float64."""
+    """(S,) of the sampled ids, float64; OUTSIDE where these weights' nucleus leaves one out that others' held: no gradient there."""
     entropies: Tensor | None
     """(S,) nats, of the distribution that each id was drawn from."""
     states: Tensor | None
@@ -175,5 +174,6 @@ def score(
     samplings = [PLAIN] if plain else batch.samplings
     log_probs = log_distribution(out.logits[row, place], samplings, banned)  # (S, V) of (B, K, V)
     found = log_probs.gather(-1, batch.sampled.to(device).unsqueeze(-1)).squeeze(-1)
+    found = found.masked_fill(found == -math.inf, OUTSIDE)
     spread = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1) if entropies else None
     return Scored(found, spread, out.hidden_states[-1][row, batch.before.to(device)] if states else None)

@@ -33,7 +33,7 @@ from typing import Literal
 from monologue.traces.codes import pack_floats
 from monologue.traces.schema import Annotation
 from monologue.traces.store import RunWriter
-from monologue.training.rows import Row
+from monologue.training.rows import Row, RowError
 
 Kind = Literal["team", "per_role", "turn", "counterfactual"]
 NAME = "advantage"
@@ -75,7 +75,7 @@ def assign(
 ) -> Credit:
     """Advantages of every call in ``rows``, which hold whole episodes. ``share`` is of ``per_role``, ``discount`` (per turn) of ``turn``.
 
-    Raises ValueError for options that a kind of credit does not know, and for an episode without any reward.
+    Raises ValueError for options that a kind of credit does not know, RowError for an episode without any reward.
     """
     if kind != "per_role" and share != 1.0:
         raise ValueError(f"share belongs to credit 'per_role', got share={share!r} with {kind!r}")
@@ -120,7 +120,7 @@ def _earned(rows: Sequence[Row], kind: Kind, share: float, discount: float) -> l
     for (episode, role), own in seats.items():
         notes = rewards(note for row in own for note in row.rewards)
         if not notes:
-            raise ValueError(f"expected a reward of episode {episode}, got none; score the run first, or name rewards in the recipe")
+            raise RowError(f"expected a reward of episode {episode}, got none; score the run first ('monologue play' does)")
         whole = _sum(note for note in notes if note.scope == "episode")
         rest = _sum(note for note in notes if note.scope != "episode")
         group: Key = (own[0].group_id, own[0].pieces[0].weights_version, role)
@@ -142,7 +142,7 @@ def _against_absence(rows: Sequence[Row]) -> dict[str, float]:
         for span in (piece.span_id for piece in row.pieces if piece.span_id in tried):
             found[span] = tried[span] + _sum(note for note in notes if note.span_id == span)
     if not found and any(len(row.pieces) > 1 for row in rows):
-        raise ValueError(
+        raise RowError(
             f"credit {COUNTERFACTUAL!r} expected notes of that name, got none: nobody has left out a question; whoever plays by a recipe "
             "with this credit writes them, for other runs see monologue.agents.hindsight"
         )

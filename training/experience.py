@@ -186,7 +186,9 @@ def deal(
             count = sum(float(lesson.part.mask.sum()) for lesson in mine)
             live = mine if whole else [lesson for lesson in mine if not lesson.idle]
             for number in range(micro):
-                hand = live[rank + world * number :: world * micro] or [_emptied(mine[0] if mine else mixed[0])]
+                hand = live[rank + world * number :: world * micro] or [
+                    _emptied(next(lesson for lesson in [*mine, *mixed] if lesson.role == role))
+                ]
                 parts = [lesson.part for lesson in hand]
                 yield Micro(role, collate[role]([lesson.row for lesson in hand]), _join(parts), max(count, 1.0))
 

@@ -11,6 +11,7 @@ a policy that learns to be right becomes sure.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
@@ -88,7 +89,10 @@ class Guards(BaseModel):
     """Largest share of ids that corrections may leave out."""
 
     def check(self, history: Sequence[Mapping[str, float]], now: Mapping[str, float]) -> None:
-        """``history``: what was measured before, oldest first. Raises GateError."""
+        """``history``: what was measured before, oldest first. Raises GateError, whatever the thresholds, for what is no finite number."""
+        strange = next((name for name, value in now.items() if not math.isfinite(value)), None)
+        if strange is not None:
+            raise GateError(f"expected finite measures, got {strange} {now[strange]!r}; no step was taken on this batch")
         for name, limit, sign in (("drift", self.drift, 1), ("effective", self.effective, -1), ("masked", self.masked, 1)):
             if limit is not None and name in now and sign * (now[name] - limit) > 0:
                 side = "above" if sign > 0 else "below"

@@ -21,11 +21,11 @@ from monologue.backends.checkpoints import open_checkpoint, save_checkpoint
 from monologue.backends.inputs import Inputs
 from monologue.backends.tokens import tokenizer_hash
 from monologue.traces.store import RunReader
-from monologue.training.collate import Batch, Collate, RowError, sampled_logprobs
+from monologue.training.collate import Batch, Collate, sampled_logprobs
 from monologue.training.loop import RowTrainer, arguments
 from monologue.training.losses import imitation
 from monologue.training.recipe import follow
-from monologue.training.rows import Counts, Row, ordered, read_rows
+from monologue.training.rows import Counts, Row, RowError, ordered, read_rows
 
 
 class Imitation(BaseModel):

@@ -68,4 +68,6 @@ def mark(reply: str) -> float:
 
 def _inert(text: str) -> str:
     """Without the marks that end a dialogue."""
-    return re.sub(r"</?dialogue>", "", text, flags=re.IGNORECASE)
+    while text != (left := re.sub(r"</?dialogue>", "", text, flags=re.IGNORECASE)):
+        text = left  # what is left may be a mark now
+    return text

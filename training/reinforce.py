@@ -30,6 +30,7 @@ from monologue.traces.store import RunWriter, read_info
 from monologue.training import credit
 from monologue.training.collate import Batch, Collate
 from monologue.training.experience import Lesson, Micro, deal, lessons, over, recorded, sampled, spread
+from monologue.training.gate import GateError
 from monologue.training.loop import StreamTrainer, arguments
 from monologue.training.objectives import Ppo
 from monologue.training.policies import Learner, Policies
@@ -66,6 +67,7 @@ def reinforce(
     process = PartialState(cpu=recipe.device == "cpu")
     with process.main_process_first():
         RunWriter(out, {"recipe": recipe.model_dump(mode="json")}, resume=resume or not process.is_main_process).close()
+    recipe.continues(dict(read_info(out)["config"]).get("recipe", {}), str(out))
     return _Reinforcement(recipe, Path(out), learners, stage, more, latest(Path(out) / STATE) if resume else None).train()
 
 
@@ -204,7 +206,10 @@ class _Reinforcement:
         part = micro.part.to(scored.logprobs.device)
         penalty = self.penalties[micro.role]
         self.held.append(self.recipe.objective.held(scored.logprobs.detach(), part))
-        return self.recipe.objective.loss(scored.logprobs, part, micro.count, None if values is None else values.double(), penalty)
+        loss = self.recipe.objective.loss(scored.logprobs, part, micro.count, None if values is None else values.double(), penalty)
+        if not bool(loss.isfinite()):
+            raise GateError(f"the loss of {micro.role!r} is {loss.item()!r} in iteration {self.facts['step']}; no step was taken on it")
+        return loss
 
     def close(self) -> None:
         """An iteration's last step is taken: its line is written."""

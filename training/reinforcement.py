@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from monologue.training.adapters import Lora
-from monologue.training.credit import Kind
+from monologue.training.credit import COUNTERFACTUAL, Kind
 from monologue.training.gate import Guards
 from monologue.training.objectives import Grpo, Objective
-from monologue.training.recipe import follow
+from monologue.training.recipe import RecipeError, follow
 from monologue.training.replay import TOLERANCE
 
+Rate: TypeAlias = Annotated[float, Field(gt=0)]
 PLAYING = frozenset(
     [
+        "first",
+        "split",
         "problems",
         "samples",
         "temperature",
@@ -22,6 +25,8 @@ PLAYING = frozenset(
         "max_tokens",
         "max_turns",
         "examine_every",
+        "examine",
+        "keep",
         "families",
         "graph",
         "task",
@@ -31,6 +36,8 @@ PLAYING = frozenset(
     ]
 )
 """Keys that say how to play."""
+FREE = frozenset(["iterations", "save_every", "keep", "examine_every", "examine", "report_to", "device", "served", "guards", "tolerance"])
+"""Keys that may differ when a run goes on: they say how long, where and under whose eyes, not what a step is."""
 
 
 class Reinforcement(BaseModel):
@@ -113,7 +120,7 @@ class Reinforcement(BaseModel):
     """Rows at once where no gradient is taken."""
     trees: bool = False
     """Read the opening that episodes of a problem share once, not once an episode; changes time, not the result."""
-    lr: float | dict[str, float] = 3e-4
+    lr: Rate | dict[str, Rate] = 3e-4
     """Learning rate of AdamW, or one for each trained role."""
     lora: Lora | None = None
     """Train low-rank adapters in place of all weights, e.g. ``lora = { rank = 16 }``; needs peft."""
@@ -133,7 +140,7 @@ class Reinforcement(BaseModel):
     """Share out the trained weights among the processes that were launched."""
     device: str = "cpu"
     """Where trained weights live."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Of problems, sampling and the order of rows."""
     report_to: list[str] = []
     """Trackers of ``transformers`` that are told of every iteration, e.g. tensorboard, wandb."""
@@ -183,13 +190,29 @@ class Reinforcement(BaseModel):
         useless = sorted((PLAYING if self.runs else {"rows", "proof"}) & self.model_fields_set)
         if self.runs and self.objective.name == "ppo":
             raise ValueError("ppo needs fresh episodes; for logged runs take grpo, topr, awr or filter")
-        if self.credit == "counterfactual" and self.objective.critic:
-            raise ValueError(
-                f"{self.objective.name} gives credit by its critic, so credit={self.credit!r} would be ignored; take grpo or topr"
-            )
+        if self.credit != "team" and self.objective.name in ("ppo", "filter"):
+            own = "gives credit by its critic" if self.objective.critic else "looks at a stream's rewards"
+            raise ValueError(f"{self.objective.name} {own}, so credit={self.credit!r} would be ignored; take grpo, topr or awr")
+        for key, kind in (("share", "per_role"), ("discount", "turn")):
+            if getattr(self, key) != 1 and self.credit != kind:
+                raise ValueError(f"{key} belongs to credit={kind!r}, got {key}={getattr(self, key)!r} with credit={self.credit!r}")
+        if self.credit == COUNTERFACTUAL in self.rewards:
+            raise ValueError(f"credit={self.credit!r} is told from the reward of that name already; leave it out of rewards")
+        if self.runs and "proof" in self.model_fields_set and not self.objective.ratios:
+            raise ValueError(f"{self.objective.name} forms no ratios, so nothing is replayed and proof={self.proof!r} would be ignored")
         if useless:
             raise ValueError(f"{', '.join(useless)} {'belong to playing, but runs are given' if self.runs else 'belong to logged runs'}")
         return self
+
+    def continues(self, recipe: dict[str, Any], out: str) -> None:
+        """Raises RecipeError where this is not what the run in ``out`` was begun with, FREE keys aside."""
+        if not recipe:
+            raise RecipeError(f"the run in {out!r} was not begun by 'monologue train reinforce'; name another folder")
+        now, then = self.model_dump(mode="json"), {**Reinforcement().model_dump(mode="json"), **recipe}
+        changed = sorted(name for name in now if name not in FREE and now[name] != then[name])
+        if changed:
+            told = "; ".join(f"{name} is {now[name]!r}, was {then[name]!r}" for name in changed)
+            raise RecipeError(f"the run in {out!r} was begun with another recipe ({told}); resume it as it was, or begin another folder")
 
     def rate(self, role: str) -> float:
         """Learning rate of a role."""

@@ -6,6 +6,7 @@ The lines are also what a resumed run knows of its past (``read``): lines of ite
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from monologue.traces.store import RunError
 
 FILE = "metrics.jsonl"
 SHOWN = ("reward", "score", "kl", "entropy", "turns", "clipped", "examined")
@@ -31,12 +34,19 @@ class Report:
         self._bar = Progress(*columns, console=console, disable=not (main and console.is_terminal))
 
     def read(self, iterations: int) -> None:
-        """Takes up the lines of the first so many iterations and drops the rest."""
+        """Takes up the lines of the first so many iterations and drops the rest. Raises RunError where some of the first are missing:
+        running means and prices that stand nowhere else would begin anew.
+        """
         text = self._file.read_text() if self._file.is_file() else ""
         found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
         self.history = [line for line in found if line["step"] < iterations]
+        if [line["step"] for line in self.history] != list(range(iterations)):
+            told = f"expected a line for each of {iterations} iterations in {str(self._file)!r}, got {len(self.history)}"
+            raise RunError(f"{told}; put the file back as it was, or begin anew from the last weights in another folder")
         if self._main and text:
-            self._file.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+            part = self._file.with_suffix(".part")
+            part.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+            os.replace(part, self._file)
 
     def add(self, facts: Mapping[str, Any]) -> None:
         """One iteration; ``facts["step"]`` is its number."""

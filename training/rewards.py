@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import TypeAlias
 
 from monologue.traces.schema import Annotation
 from monologue.traces.store import Episode, RunReader, RunWriter
+from monologue.training.rows import RowError
 
 Found: TypeAlias = "float | Mapping[str, float] | None"
 """One number for an episode, numbers by span id, or None."""
@@ -143,8 +145,9 @@ REWARDS: dict[str, Reward] = {
 def give(run: RunReader, pen: RunWriter, wanted: Wanted) -> int:
     """Scores every finished episode by each function and writes what it said, with the weight; returns how many annotations.
 
-    An episode that has this name, source and weight already is passed over. Exceptions of a reward function propagate. Where a function
-    is a coroutine function this must be called outside of an event loop.
+    What has been said of an episode or a call with this name and weight already is not said again; a function of single turns may be asked
+    again after a crash, and what is missing is written. Exceptions of a reward function propagate. Where a function is a coroutine function
+    this must be called outside of an event loop. Raises RowError for a reward that is no finite number.
     """
     written, episodes = 0, run.episodes()
     while some := list(islice(episodes, TOGETHER)):
@@ -153,19 +156,29 @@ def give(run: RunReader, pen: RunWriter, wanted: Wanted) -> int:
         arrived = iter(asyncio.run(_all(waiting)) if waiting else ())
         for episode, name, weight, found in told:
             value = next(arrived) if isawaitable(found) else found
+            known = _known(episode)
             for span, number in ({None: value} if isinstance(value, int | float) else dict(value or {})).items():
-                pen.annotate(_note(episode.start.episode_id, span, name, float(number), weight))
-                written += 1
+                if not math.isfinite(number):
+                    where = f"for episode {episode.start.episode_id}"
+                    raise RowError(f"expected a finite number from the reward {name!r}, got {number!r} {where}")
+                if (name, weight, span) not in known:
+                    pen.annotate(_note(episode.start.episode_id, span, name, float(number), weight))
+                    written += 1
     return written
 
 
 def _told(episodes: Iterable[Episode], wanted: Wanted) -> Iterator[tuple[Episode, str, float, Found | Awaitable[Found]]]:
-    """What each function says of each finished episode that it has not been asked about."""
+    """What each function says of each finished episode of which it has not said one number for the whole."""
     for episode in episodes:
-        known = {(note.name, note.weight) for note in episode.annotations if note.source == SOURCE}
+        known = _known(episode)
         for name, (function, weight) in wanted.items() if episode.complete else ():
-            if (name, weight) not in known:
+            if (name, weight, None) not in known:
                 yield episode, name, weight, function(episode)
+
+
+def _known(episode: Episode) -> set[tuple[str, float, str | None]]:
+    """What was said before."""
+    return {(note.name, note.weight, note.span_id) for note in episode.annotations if note.source == SOURCE}
 
 
 async def _all(waiting: Sequence[Awaitable[Found]]) -> list[Found]:

@@ -24,6 +24,10 @@ from monologue.traces.schema import Annotation, EpisodeStart, ImageRef, PolicyCa
 from monologue.traces.store import Episode, RunReader
 
 
+class RowError(ValueError):
+    """A row that cannot be trained on as it stands."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """What one call added to a row."""

@@ -21,6 +21,7 @@ from monologue.traces.store import RunReader, RunWriter
 from monologue.training import credit
 from monologue.training.gate import GateError
 from monologue.training.policies import Learner
+from monologue.training.recipe import RecipeError
 from monologue.training.replay import replay
 from monologue.training.rewards import Reward, Wanted, give
 from monologue.training.rows import Counts, Row, ordered, read_rows
@@ -132,13 +133,14 @@ class Logged:
     """Rows of old runs."""
 
     def __init__(self, runs: Sequence[str], roles: Sequence[str], size: int, seed: int) -> None:
-        """``size`` rows an iteration, or a few more where a group needs them. Raises RunError, and GateError where there are none."""
+        """``size`` rows an iteration, or a few more where a group needs them. Raises RunError, RecipeError for a run that is given twice,
+        and GateError where there are no rows.
+        """
         self._readers = [RunReader(run) for run in runs]
+        _distinct(self._readers)
         self._seed, self._size = seed, size
-        self._groups: dict[tuple[str, str], list[Row]] = {}
         counts = Counts()
-        for row in (row for reader in self._readers for row in read_rows(reader, roles, counts)):
-            self._groups.setdefault((row.group_id, row.pieces[0].weights_version), []).append(row)
+        self._groups = _groups([row for reader in self._readers for row in read_rows(reader, roles, counts)])
         if not self._groups:
             passed = "".join(f"; passed over: {count} x {cause}" for cause, count in counts.skipped.items())
             raise GateError(f"nothing of {', '.join(roles)} to learn from in {', '.join(runs)}{passed}; look with 'monologue view'")
@@ -178,3 +180,24 @@ class Logged:
                 hand = []
         if hand:
             self._dealt.append(hand)
+
+
+def _distinct(readers: Sequence[RunReader]) -> None:
+    known: dict[str, Path] = {}
+    for reader in readers:
+        name = str(reader.info["run_id"])
+        if name in known:
+            told = f"{str(known[name])!r} and {str(reader.path)!r}, which are one"
+            raise RecipeError(f"expected different runs, got {told}; name it once")
+        known[name] = reader.path
+
+
+def _groups(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
+    """Whole episodes, by problem and by the weights of all roles together: what is compared with each other stays together."""
+    weights: dict[str, set[str]] = {}
+    for row in rows:
+        weights.setdefault(row.episode_id, set()).add(f"{row.role}={row.pieces[0].weights_version}")
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.group_id, *sorted(weights[row.episode_id])), []).append(row)
+    return found

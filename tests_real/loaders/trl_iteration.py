@@ -86,9 +86,7 @@ config = GRPOConfig(
     disable_tqdm=True,
 )
 model, processing, data = seen() if given.get("pictures") else read()
-trainer = GRPOTrainer(
-    model=model, reward_funcs=odd, args=config, train_dataset=data, processing_class=processing, callbacks=[Clock()]
-)
+trainer = GRPOTrainer(model=model, reward_funcs=odd, args=config, train_dataset=data, processing_class=processing, callbacks=[Clock()])
 trainer.train()
 steps = [after - before for before, after in itertools.pairwise(ends)]
 print(json.dumps([{"seconds": seconds, "sampled": count} for seconds, count in zip(steps, sampled, strict=True)]))
