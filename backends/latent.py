@@ -56,7 +56,11 @@ class Habit:
     def heard(cls, text: str) -> Habit:
         """What ``told`` gave. Raises ValueError, TypeError, KeyError."""
         facts = json.loads(text)
-        return cls(**{**facts, "mode": Mode(**facts["mode"])})
+        found = cls(**{**facts, "mode": Mode(**facts["mode"])})
+        for name, value in (("steps", found.steps), ("think", found.think)):
+            if not (type(value) is int and value >= 0) and (name, value) != ("think", None):
+                raise ValueError(f"{name} must be a whole number from 0, got {value!r}")
+        return found
 
     @classmethod
     def load(cls, folder: str | Path) -> Habit:
@@ -109,6 +113,10 @@ class Thinker:
     @torch.inference_mode()
     def generate(self, lanes: list[Lane], dropped: Callable[[Lane], bool]) -> Iterator[Lane]:
         """Yields each lane when it is done; lanes that are ``dropped`` end without a word."""
+        for some in _apart(lanes):
+            yield from self._generate(some, dropped)
+
+    def _generate(self, lanes: list[Lane], dropped: Callable[[Lane], bool]) -> Iterator[Lane]:
         thoughts = self._think(lanes)
         for lane, told in zip(lanes, self._told(thoughts), strict=True):
             lane.thoughts = told
@@ -126,6 +134,14 @@ class Thinker:
     @torch.inference_mode()
     def score(self, lanes: list[Lane], counts: list[int]) -> list[tuple[float, ...]]:
         """Log-probs of the last ``count`` ids of each lane, said after thoughts that follow what stands before them."""
+        wanted = {id(lane): count for lane, count in zip(lanes, counts, strict=True)}
+        found: dict[int, tuple[float, ...]] = {}
+        for some in _apart(lanes):
+            scores = self._score(some, [wanted[id(lane)] for lane in some])
+            found |= {id(lane): score for lane, score in zip(some, scores, strict=True)}
+        return [found[id(lane)] for lane in lanes]
+
+    def _score(self, lanes: list[Lane], counts: list[int]) -> list[tuple[float, ...]]:
         cut = [(lane.ids[: len(lane.ids) - count], lane.ids[len(lane.ids) - count :]) for lane, count in zip(lanes, counts, strict=True)]
         thoughts = self._think(lanes, [before for before, _ in cut])
         longest = max(counts)
@@ -142,7 +158,7 @@ class Thinker:
         starts = [lane.ids for lane in lanes] if ids is None else ids
         asked = [Asked(start, lane.pixels, lane.grids, lane.positions[:, : len(start)]) for lane, start in zip(lanes, starts, strict=True)]
         given, known = prompts(self._model, asked), [lane.chosen for lane in lanes if lane.chosen is not None]
-        if len(known) < len(lanes):
+        if not known:
             return self._reasoner.think(given, self._habit.steps, halt=self._habit.halt(self._reasoner, self._banned))
         return self._reasoner.think(given, [len(one) for one in known], chosen=self._forced(known))
 
@@ -184,3 +200,9 @@ class Thinker:
                 lane.sampled.append(int(tokens[place]))
                 lane.logprobs.append(values[place])
                 lane.entropies.append(entropies[place])
+
+
+def _apart(lanes: list[Lane]) -> list[list[Lane]]:
+    """Those whose patches are given, and those that choose: neither may be taken for the other."""
+    known = [lane for lane in lanes if lane.chosen is not None], [lane for lane in lanes if lane.chosen is None]
+    return [some for some in known if some]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from monologue.usage import UsageError
 
-DEFAULTS = {"split": "test", "temperature": 0.0, "top_p": 1.0, "max_tokens": 64}
+DEFAULTS = {"split": "test", "temperature": 0.0, "top_p": 1.0, "max_tokens": 64, "max_turns": 8, "concurrency": 64}
 GRAPHS = "blind,direct,monologue"
 """What ``monologue eval`` plays unless told otherwise."""
 OWN = ("image", "question", "choices")
@@ -39,7 +39,7 @@ def settle(options: argparse.Namespace, n: int) -> None:
 def settle_latent(options: argparse.Namespace) -> None:
     """The same for ``monologue eval latent``, which plays no graph. Raises UsageError."""
     why = "eval latent examines the latent steps of --thinker and plays no graph"
-    _refuse(options, ("temperature", "top_p", "max_tokens", "control", "out"), why)
+    _refuse(options, ("temperature", "top_p", "max_tokens", "control", "out", "concurrency", "max_turns"), why)
     others = [role for role in ROLES if role != "thinker" and getattr(options, role) != "starter"]
     _refuse(options, tuple(others), why)
     if options.graph != GRAPHS:

@@ -64,8 +64,8 @@ def _seats(command: argparse.ArgumentParser) -> None:
     command.add_argument("--temperature", type=float, help="0 (default) is greedy")
     command.add_argument("--top-p", type=float, help="default: 1")
     command.add_argument("--max-tokens", type=int, help="sampled tokens per turn at most (default: 64)")
-    command.add_argument("--max-turns", type=int, default=8, help="actions of the concluding seat at most")
-    command.add_argument("--concurrency", type=int, default=64, help="episodes at once")
+    command.add_argument("--max-turns", type=int, help="actions of the concluding seat at most (default: 8)")
+    command.add_argument("--concurrency", type=int, help="episodes at once (default: 64)")
     command.add_argument("--processes", type=int, default=1, help="processes that share the episodes, each with its own engines")
     command.add_argument("--seed", type=int, default=0)
 

@@ -73,7 +73,9 @@ def exams_of(checkpoint: Any, inputs: Any, problems: Sequence[Problem]) -> list[
         lessons = [lesson(of_problem(one) if one.oracle or one.extra.get("steps") else bare(one), voice, inputs) for one in some]
         with torch.inference_mode():
             given = prompts(checkpoint.model, [one.asked for one in lessons])
-        found.append(Exam(given, lessons, [one.extra.get("way", ()) for one in some]))
+        sizes = given.there.sum(1).tolist()  # patches that each prompt's pictures are seen in
+        known = [one.extra.get("way", ()) if len(one.extra.get("cells", ())) == size else () for one, size in zip(some, sizes, strict=True)]
+        found.append(Exam(given, lessons, known))
     return found
 
 

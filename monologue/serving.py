@@ -11,6 +11,7 @@ import argparse
 import signal
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import cycle
@@ -38,10 +39,18 @@ def serve(options: argparse.Namespace) -> int:
         for (role, _), server in zip(orders, pool.map(lambda order: running.enter_context(launch(**order[1])), orders), strict=True):
             urls.setdefault(role, []).append(server.url)
             print(f"{role}: {server.url}  (log: {server.log})", flush=True)
-        print("play: monologue play --backend sglang " + " ".join(f"--{role} {','.join(each)}" for role, each in urls.items()), flush=True)
+        print(f"play: {play_command(urls, 'hops' if options.thinker == 'starter' else '')}", flush=True)
         print("Ctrl-C stops them", flush=True)
         wait_for_interrupt()
     return 0
+
+
+def play_command(urls: Mapping[str, Sequence[str]], task: str = "") -> str:
+    """What plays on the servers, a task whose world a thinker knows; seats beside it that none of them holds are in that process."""
+    seats = " ".join(f"--{role} {','.join(each)}" for role, each in urls.items())
+    if "thinker" in urls:
+        return f"monologue play {f'--task {task} ' * bool(task)}--graph latent {seats}"
+    return f"monologue play --backend sglang {seats}"
 
 
 def settle(options: argparse.Namespace) -> None:

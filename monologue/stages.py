@@ -117,13 +117,16 @@ def train_latent(options: argparse.Namespace) -> int:
     from monologue.voices import lessons_of
 
     recipe = Latent.read(override(read_recipe(options.recipe), options.set, Latent.model_fields))
+    if options.start is not None:
+        if not options.start.is_dir():
+            raise UsageError(f"expected the folder of a checkpoint after --start, got {str(options.start)!r}")
+        recipe = recipe.model_copy(update={"model": str(options.start)})
     if recipe.task and recipe.task not in (*TASKS, *CORPORA):
         raise RecipeError(f"unknown task {recipe.task!r}; choose from {', '.join(sorted((*TASKS, *CORPORA)))}")
     if options.dry_run:
         print(recipe.model_dump_json(indent=1))
         return 0
-    source = str(options.start or recipe.model)
-    source = str(starter("questioner", task="hops")) if source == "starter" else source
+    source = str(starter("questioner", task="hops")) if recipe.model == "starter" else recipe.model
     out = options.out or Path("runs") / "latent"
     checkpoint = open_checkpoint(source, device="cpu", dtype=torch.float32)
     lines = internalise(recipe, checkpoint, lessons_of(recipe, checkpoint, named_task), out, resume=options.resume)

@@ -6,6 +6,8 @@ as they would stand in a policy's mouth.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,8 +58,20 @@ def voice_of(checkpoint: Checkpoint, inputs: Inputs) -> CodecVoice:
 def lessons_of(recipe: Latent, checkpoint: Checkpoint, named: Callable[[str, str | None], Task]) -> Callable[[int], Lesson]:
     """The i-th lesson of a training for one checkpoint. Raises RecipeError, RunError, TaskError, CodecError."""
     inputs, rationale = Inputs(checkpoint), rationales_of(recipe, named)
-    voice = voice_of(checkpoint, inputs)
-    return lambda index: lesson(rationale(index), voice, inputs, recipe.words == "replies", recipe.looks > 0)
+    return Lessons(rationale, voice_of(checkpoint, inputs), inputs, recipe)
+
+
+class Lessons:
+    """The i-th rationale as a lesson."""
+
+    def __init__(self, rationale: Callable[[int], Rationale], voice: CodecVoice, inputs: Inputs, recipe: Latent) -> None:
+        self._rationale, self._voice, self._inputs, self._recipe = rationale, voice, inputs, recipe
+        self.fingerprint: str = getattr(rationale, "fingerprint", "")
+        """Of all that there is to learn from; empty where it has no end."""
+
+    def __call__(self, index: int) -> Lesson:
+        recipe = self._recipe
+        return lesson(self._rationale(index), self._voice, self._inputs, recipe.words == "replies", recipe.looks > 0)
 
 
 def rationales_of(recipe: Latent, named: Callable[[str, str | None], Task]) -> Callable[[int], Rationale]:
@@ -74,11 +88,21 @@ def rationales_of(recipe: Latent, named: Callable[[str, str | None], Task]) -> C
         task = named(recipe.task, recipe.families or None)
         return lambda index: of_problem(_problem(task, index, recipe.seed))
     if not found:
-        raise RecipeError(
-            f"{recipe.run or recipe.task!r} holds nothing to internalise: no dialogue that looked and ended in the right answer"
-        )
-    place = endless(len(found), recipe.seed)
-    return lambda index: found[place(index)]
+        wanted = "dialogue that looked and ended in the right answer" if recipe.run else "problem with a picture and a rationale"
+        raise RecipeError(f"{recipe.run or recipe.task!r} holds nothing to internalise: no {wanted}")
+    return Endless(found, recipe.seed)
+
+
+class Endless:
+    """Rationales in an order of its own in each round."""
+
+    def __init__(self, found: Sequence[Rationale], seed: int) -> None:
+        self._found, self._place = found, endless(len(found), seed)
+        told = json.dumps([(one.id, one.question, one.answer, [step.text for step in one.steps]) for one in found])
+        self.fingerprint = f"{len(found)}:{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+
+    def __call__(self, index: int) -> Rationale:
+        return self._found[self._place(index)]
 
 
 def _problem(task: Task, index: int, seed: int) -> Problem:

@@ -127,18 +127,21 @@ def _letter(answer: str) -> int:
 
 CORPORA: dict[str, tuple[Callable[[dict[str, Any]], str], Callable[[Any], int], str]] = {
     "scienceqa": (science_rationale, int, "subject"),
-    "m3cot": (lambda record: str(record["rationale"]), _letter, "domain"),
+    "m3cot": (lambda record: str(record["rationale"] or ""), _letter, "domain"),
 }
 """Rationale, index of the gold answer, and the column that names a question's family, by corpus."""
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise TaskError(f"line {number} of {str(path)!r} is no JSON: {error}") from error
+                record = json.loads(line.decode("utf-8"))
+            except ValueError as error:
+                raise TaskError(f"line {number} of {str(path)!r} is no JSON in UTF-8: {error}") from error
+            if not isinstance(record, dict):
+                raise TaskError(f"line {number} of {str(path)!r} is no JSON object: {record!r:.80}")
+            yield record
 
 
 def _table(path: Path) -> Iterator[dict[str, Any]]:
@@ -146,6 +149,9 @@ def _table(path: Path) -> Iterator[dict[str, Any]]:
         from pyarrow import parquet
     except ModuleNotFoundError as error:
         raise TaskError(f"reading {str(path)!r} needs pyarrow; pip install 'monologue[datasets]'") from error
-    with parquet.ParquetFile(path) as table:
-        for batch in table.iter_batches(64):
-            yield from batch.to_pylist()
+    try:
+        with parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(64):
+                yield from batch.to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise TaskError(f"{str(path)!r} cannot be read as Parquet: {error}") from error

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from monologue.asked import settle as settle_play
 from monologue.backends.base import BackendError, Generation, ImageFacts, Prompt, RequestRefused, Sampling
 from monologue.backends.checkpoints import open_config
 from monologue.backends.latent import Habit
@@ -21,7 +22,7 @@ from monologue.backends.perception.modes import Mode
 from monologue.backends.serving.latent import MODELS, PACKAGE, Thinking, environment
 from monologue.cli import parser
 from monologue.seating import starter
-from monologue.serving import orders_of, settle
+from monologue.serving import orders_of, play_command, settle
 from monologue.usage import UsageError
 from tests import tiny_models as tiny
 from tests.tokens import PLAIN, chat_tokenizer
@@ -32,6 +33,23 @@ SAMPLING = Sampling(max_tokens=3)
 
 def said(*ids: int, **more: Any) -> Generation:
     return Generation(ids, tuple(-float(place) for place in range(len(ids))), "stop", "v1", **more)
+
+
+def test_who_serves_says_how_to_play() -> None:
+    addresses = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
+    assert play_command({"questioner": addresses[:1], "answerer": addresses}).endswith(
+        "--backend sglang --questioner http://127.0.0.1:1 --answerer http://127.0.0.1:1,http://127.0.0.1:2"
+    )
+    options = parser().parse_args(play_command({"thinker": addresses[:1]}, "hops").split()[1:])
+    settle_play(options, 20)
+    assert options.graph == "latent" and options.thinker == addresses[0]
+
+
+def test_a_configuration_without_architecture_is_refused() -> None:
+    config = open_config(str(starter("thinker")))
+    config.architectures = None
+    with pytest.raises(ValueError, match="one name under 'architectures'"):
+        environment(config)
 
 
 def test_a_server_is_told_how_its_checkpoint_was_taught_and_the_client_hears_the_same() -> None:

@@ -1,5 +1,7 @@
 """Thought before spoken: latent steps stand in the trace, are replayed to the last bit, and give way to the monologue where unsure."""
 
+import asyncio
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +11,8 @@ import pytest
 
 from monologue.agents.load import codec_for, load_policy
 from monologue.agents.policy import Policy
-from monologue.backends.base import LATENT, BackendError, Sampling
+from monologue.backends.base import LATENT, BackendError, Picture, Prompt, Sampling
+from monologue.backends.hf import HFBackend
 from monologue.backends.latent import Habit
 from monologue.backends.perception.modes import OURS, Mode
 from monologue.cli import main
@@ -156,6 +159,32 @@ def test_a_checkpoint_that_was_never_taught_does_not_take_the_seat(thinker: Path
         load_policy(thinker, "thinker", habit=Habit(Mode(patches="random"), 1))
 
 
+@pytest.mark.parametrize("habit", ['{"mode": {"k": 2}, "steps": "3"}', '{"mode": {"k": 2}, "steps": 3, "think": -1}'])
+def test_a_habit_of_other_types_is_refused(tmp_path: Path, habit: str) -> None:
+    (tmp_path / "latent.json").write_text(habit)
+    with pytest.raises(BackendError, match="a whole number from 0"):
+        Habit.load(tmp_path)
+
+
+GREEDY = Sampling(temperature=0.0, max_tokens=2)
+
+
+async def test_given_patches_are_taken_beside_requests_that_choose(thinker: Path, trusted: Path) -> None:
+    engine = HFBackend(thinker, habit=Habit.load(thinker), window=0.1)
+    (call,) = [call for call in episodes(trusted)[0].calls() if call.role == "thinker"]
+    pictures = tuple(Picture(image.sha256, RunReader(trusted).picture(image.sha256)) for image in call.images)
+    free = Prompt(call.prompt_ids, pictures)
+    prompts = [dataclasses.replace(free, chosen=((0, 1, 2), (3, 4, 5))), free, dataclasses.replace(free, chosen=((6, 7, 8), (9, 10, 11)))]
+    alone = [await engine.score(prompt, call.sampled_ids, GREEDY) for prompt in prompts]
+    assert len(set(alone)) == 3
+    together = await asyncio.gather(*[engine.score(prompt, call.sampled_ids, GREEDY) for prompt in prompts])
+    for one, other in zip(alone, together, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    said = await asyncio.gather(*[engine.generate(prompt, GREEDY) for prompt in prompts])
+    assert [tuple(thought.chosen for thought in one.thoughts) for one in said[::2]] == [prompt.chosen for prompt in prompts[::2]]
+    await engine.aclose()
+
+
 def test_a_threshold_outside_of_its_range_is_refused() -> None:
     with pytest.raises(GraphError, match="102"):
         latent.build(102)
@@ -170,6 +199,7 @@ def test_the_command_examines_any_thinker(thinker: Path, tmp_path: Path, capsys:
     assert "shuffled" in capsys.readouterr().out
     assert main(["eval", "latent", "--controls", "--thinker", str(thinker), "--graph", "direct"]) == 2
     assert main(["eval", "latent", "--temperature", "1", "--thinker", str(thinker)]) == 2
+    assert main(["eval", "latent", "--concurrency", "3", "--thinker", str(thinker)]) == 2
     assert main(["eval", "--controls"]) == 2
 
 

@@ -12,9 +12,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from monologue.backends.base import RequestRefused
+from monologue.backends.base import BackendError, RequestRefused
 from monologue.backends.checkpoints import open_checkpoint
 from monologue.backends.inputs import Inputs
 from monologue.backends.perception.ivtlr import OURS, PAPER, REFERENCE, Asked, Edits, LatentReasoner, Mode, Prompts, Thoughts, prompts
@@ -390,8 +399,48 @@ def test_an_adapter_around_the_model_is_looked_through_and_trained() -> None:
 
 def test_a_model_that_forgets_is_refused() -> None:
     model = Qwen3ForCausalLM(Qwen3Config(**tiny.text_size(), use_sliding_window=True, sliding_window=8, max_window_layers=1))
-    with pytest.raises(ValueError, match="full attention in every layer"):
-        LatentReasoner(model).think(prompts(model, [Asked((6, 7))]), 1)
+    with pytest.raises(BackendError, match="full attention in every layer"):
+        LatentReasoner(model)
+    mistral = MistralForCausalLM(MistralConfig(**{**tiny.text_size(), "sliding_window": 4}))
+    with pytest.raises(BackendError, match="sliding_window=4"):
+        LatentReasoner(mistral)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"order": 3},
+        {"gradients": True},
+        {"bottleneck": True},
+        {"choice": True},
+        {"k": 2.5},
+        {"k": True},
+        {"reuse": "yes"},
+        {"pause_id": "7"},
+    ],
+)
+def test_a_mode_of_other_types_is_refused(wrong: dict[str, Any]) -> None:
+    [name] = wrong
+    with pytest.raises(ValueError, match=name):
+        replace(OURS, **wrong)
+
+
+def test_a_pause_beyond_the_vocabulary_is_refused() -> None:
+    model = Qwen3ForCausalLM(Qwen3Config(**tiny.text_size()))
+    with pytest.raises(BackendError, match="a pause_id from 0 to"):
+        LatentReasoner(model, replace(OURS, thought="pause", pause_id=99_999))
+
+
+def test_models_whose_numbers_would_be_others_are_refused() -> None:
+    granite = GraniteForCausalLM(GraniteConfig(**{**tiny.text_size(), "logits_scaling": 8.0}))
+    with pytest.raises(BackendError, match=r"logits_scaling=8\.0"):
+        LatentReasoner(granite)
+    with pytest.raises(BackendError, match="its decoder in 'model'"):
+        LatentReasoner(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32)))
+    seeing = tiny.seeing_model("qwen2")
+    seeing.config.vision_config.deepstack_visual_indexes = [0]
+    with pytest.raises(BackendError, match="deepstack"):
+        LatentReasoner(seeing)
 
 
 def test_reference_mode_equals_the_released_code() -> None:

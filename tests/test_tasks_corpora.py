@@ -121,6 +121,28 @@ def test_an_item_of_another_shape_is_named(tmp_path: Path, fault: dict[str, Any]
         list(Corpus("m3cot", written(tmp_path, [shown({**M3COT, **fault})])).problems("train"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("train.jsonl", b"[1, 2]\n", "line 1 of .* is no JSON object"),
+        ("train.jsonl", b'{"question": "caf\xe9"}\n', "is no JSON in UTF-8"),
+        ("train.parquet", b"no table", "cannot be read as Parquet"),
+    ],
+    ids=["list", "latin", "parquet"],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TaskError, match=told):
+        list(Corpus("m3cot", tmp_path).problems("train"))
+
+
+def test_a_missing_rationale_is_no_step_that_says_none(tmp_path: Path) -> None:
+    (problem,) = Corpus("m3cot", written(tmp_path, [shown({**M3COT, "rationale": None})])).problems("train")
+    assert problem.extra["steps"] == []
+
+
 def test_a_folder_without_the_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"validation\*\.jsonl"):
         list(Corpus("m3cot", written(tmp_path, [])).problems("validation"))

@@ -63,6 +63,20 @@ def test_without_interference_a_thinker_says_what_it_says(opened: Checkpoint, ex
 
 
 @torch.inference_mode()
+def test_attention_that_was_taught_to_choose_has_all_controls_too(opened: Checkpoint, exams: list[causal.Exam]) -> None:
+    thinking = thinker(opened, dataclasses.replace(MODE, choice="through"))
+    assert {row["control"] for row in causal.controls(thinking, exams[:1])} == set(causal.CONTROLS)
+
+
+@torch.inference_mode()
+def test_noise_for_a_step_that_one_problem_alone_takes_is_a_number(opened: Checkpoint, exams: list[causal.Exam]) -> None:
+    plain = [causal._plain(thinker(opened).think(exam)) for exam in exams[:1]]
+    plain[0].steps[1:] = 2
+    drawn = causal._drawn_states("noise", plain, 0)(2, plain[0].fed[:, 2])
+    assert bool(drawn.isfinite().all())
+
+
+@torch.inference_mode()
 def test_shuffled_thoughts_are_those_of_the_next_problem(opened: Checkpoint, exams: list[causal.Exam]) -> None:
     thinking, exam = thinker(opened), exams[0]
     own = thinking.think(exam)

@@ -20,10 +20,10 @@ from monologue.cards import validated
 from monologue.cli import main
 from monologue.commands import named_task
 from monologue.tasks.hops import VOCABULARY, Hops
-from monologue.traces.store import RunReader
+from monologue.traces.store import RunReader, RunWriter
 from monologue.training.internalise import Lesson, Objective, internalisation, left, lesson
 from monologue.training.latent import Latent, endless, internalise
-from monologue.training.rationales import of_problem, of_run
+from monologue.training.rationales import RationaleError, of_problem, of_run
 from monologue.training.recipe import RecipeError
 from monologue.training.starter.make import save
 from monologue.training.starter.models import build_image_processor, build_speaker, build_tokenizer
@@ -267,6 +267,52 @@ def test_a_folder_belongs_to_one_training(speaker: Path, tmp_path: Path) -> None
         trained(Latent.read(recipe), speaker, tmp_path)
     with pytest.raises(RecipeError, match="'lr'"):
         trained(Latent.read({**recipe, "lr": 1e-2}), speaker, tmp_path, resume=True)
+
+
+def test_a_recipe_that_failed_at_once_leaves_its_folder_to_the_mended_one(speaker: Path, tmp_path: Path) -> None:
+    recipe = {**FAST, "steps": [1, 1], "families": "hop4"}
+    for wrong, told in (({"partial": False, "batch": 1}, "give 6 entries"), ({"frozen": [""]}, "leaves nothing to train")):
+        with pytest.raises(RecipeError, match=told):
+            trained(Latent.read({**recipe, **wrong}), speaker, tmp_path)
+    with pytest.raises(RecipeError, match="gradient_accumulation_steps cannot be given"):
+        trained(Latent.read(recipe), speaker, tmp_path, gradient_accumulation_steps=2)
+    assert trained(Latent.read(recipe), speaker, tmp_path)
+
+
+def test_several_processes_are_refused(speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="expected one process"):
+        trained(Latent.read(FAST), speaker, tmp_path)
+
+
+def test_rationales_that_changed_are_another_training(speaker: Path, tmp_path: Path) -> None:
+    run, out, recipe = tmp_path / "run", tmp_path / "out", tmp_path / "recipe.toml"
+    words = ["play", "--task", "hops", "--split", "train", "--backend", "scripted", "--out", str(run)]
+    assert main([*words, "--n", "3"]) == 0
+    recipe.write_text(f'run = "{run}"\nsettings = {{ k = 2 }}\nsteps = [1, 1]\nbatch = 2\nlr = 1e-3\npartial = true\n')
+    train = ["train", "latent", str(recipe), "--out", str(out)]
+    assert main([*train, "--start", str(tmp_path / "nowhere")]) == 2
+    assert main([*train, "--start", str(speaker)]) == 0
+    assert json.loads((out / "recipe.json").read_text())["model"] == str(speaker)
+    assert main([*train, "--start", str(speaker), "--resume"]) == 0
+    assert main([*train, "--resume"]) == 2, "another start"
+    pen, found = RunWriter(run, resume=True), next(RunReader(run).episodes())
+    for record in (found.start, *found.spans, found.end):
+        assert record is not None
+        pen.write(record.model_copy(update={"episode_id": "another", "problem_id": "another", "group_id": "another"}))
+    assert len(of_run(RunReader(run))) == 4
+    assert main([*train, "--start", str(speaker), "--resume"]) == 2
+
+
+def test_looks_want_a_patch_for_each_part_of_the_picture(speaker: Path) -> None:
+    checkpoint = open_checkpoint(str(speaker), device="cpu", dtype=torch.float32)
+    problem = of_problem(TASK.problem("train", 0))
+    inputs = Inputs(checkpoint)
+    assert lesson(problem, voice_of(checkpoint, inputs), inputs, looks=True).chosen
+    finer = Inputs(dataclasses.replace(checkpoint, image_processor=build_image_processor(224, 168)))
+    with pytest.raises(RationaleError, match="has parts, 12, but this model sees 48"):
+        lesson(problem, voice_of(checkpoint, finer), finer, looks=True)
+    assert lesson(problem, voice_of(checkpoint, finer), finer).asked.pixels is not None
 
 
 def test_a_word_that_is_not_one_token_cannot_mean_go_on(speaker: Path, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def _interfered(name: str, thinking: Thinking, exam: Exam, plain: Sequence[Plain
     if name == "no latents":
         return thinking.think(exam, steps=0)
     if name == "pause":
-        mode = replace(thinking.reasoner.mode, thought="pause", pause_id=pause_id, patches="none", selects="row")
+        mode = replace(thinking.reasoner.mode, thought="pause", pause_id=pause_id, patches="none", selects="row", choice="hard")
         return replace(thinking, reasoner=LatentReasoner(thinking.reasoner.model, mode)).think(exam, steps=steps)
     if name == "shuffled":
         order = torch.arange(1, len(exam.lessons) + 1, device=own.steps.device) % len(exam.lessons)
@@ -183,7 +183,7 @@ def _drawn_states(name: str, plain: Sequence[Plain], seed: int) -> Callable[[int
 
     def made(step: int, own: Tensor) -> Tensor:
         every = torch.cat([one.fed[one.steps > step, step] for one in plain if one.fed.shape[1] > step])  # (all that took it, D)
-        spread = every.std(0) if name == "noise" else torch.zeros_like(every[0])
+        spread = every.std(0, correction=0) if name == "noise" else torch.zeros_like(every[0])
         return every.mean(0) + spread * torch.randn(own.shape, generator=dice).to(own)
 
     return made

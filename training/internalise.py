@@ -95,6 +95,10 @@ def lesson(rationale: Rationale, voice: Voice, inputs: Inputs, replies: bool = F
         raise RationaleError(f"looks wants a patch for each of {len(rationale.steps)} steps, but {rationale.id!r} names {rationale.way!r}")
     images = [picture() for picture in rationale.pictures]
     ids = voice.prompt(rationale, [Picture("", image) for image in images])  # nothing is recorded, so nobody asks for a hash
+    patches = ids.count(inputs.image_token_id) if inputs.image_token_id is not None else 0
+    if looks and patches != rationale.cells:
+        told = f"pictures seen in as many patches as {rationale.id!r} has parts, {rationale.cells}, but this model sees {patches}"
+        raise RationaleError(f"looks wants {told}; change its image processor's pixels, or leave looks out")
     pixels, grids = inputs.pixels(images) if images else (None, None)
     asked = Asked(ids, pixels, grids, inputs.positions(ids, grids))
     steps = tuple(voice.said(step.found if replies else step.text) for step in rationale.steps)

@@ -14,9 +14,10 @@ import copy
 import itertools
 import json
 import math
+import os
 import random
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -207,24 +208,40 @@ def internalise(
     ``embed`` stands in for ``prompts`` where pictures were looked at before. ``after(stage, model)`` examines the model at the end of each
     stage. ``more`` are further ``TrainingArguments``. Raises RecipeError, RunError, BackendError, PictureError, RequestRefused.
     """
-    claim(recipe, Path(out), resume)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("expected one process: 'train latent' does not share its batches out; start it without torchrun or accelerate")
+    if refused := sorted({"gradient_accumulation_steps", "max_steps", "num_train_epochs"} & set(more)):
+        raise RecipeError(f"{', '.join(refused)} cannot be given: batches and steps are those of the recipe")
+    settled = _settled(recipe, lessons)
+    claim(settled, Path(out), resume)
     training = _Training(recipe, checkpoint, lessons, Path(out), embed, after)
+    training.check(lessons(0))
+    take(settled, Path(out))
     return training.run(latest(Path(out) / STATE) if resume else None, more)
 
 
-def claim(recipe: Latent, out: Path, resume: bool) -> None:
-    """Writes down whose folder this is. Raises RecipeError where it is another training's, or where there is none to go on with."""
-    settled, file = recipe.model_dump(mode="json"), out / RECIPE
+def _settled(recipe: Latent, lessons: Any) -> dict[str, Any]:
+    """What must be the same when a training goes on: its recipe, and what it learns from."""
+    return {**recipe.model_dump(mode="json"), "rationales": getattr(lessons, "fingerprint", "")}
+
+
+def claim(settled: Mapping[str, Any], out: Path, resume: bool) -> None:
+    """Raises RecipeError where the folder is another training's, or where there is none to go on with."""
+    file = out / RECIPE
     if resume and not file.is_file():
         raise RecipeError(f"expected a training in {str(out)!r} to go on with, found none; leave --resume out")
     if file.is_file():
         there = json.loads(file.read_text())
         if not resume:
             raise RecipeError(f"{str(out)!r} holds a training already; --resume goes on with it, or name another --out")
-        if other := {key: (there.get(key), value) for key, value in settled.items() if there.get(key) != value}:
+        if other := {key: (there.get(key, ""), value) for key, value in settled.items() if there.get(key, "") != value}:
             raise RecipeError(f"the training in {str(out)!r} has another recipe: {other!r} (there, here)")
+
+
+def take(settled: Mapping[str, Any], out: Path) -> None:
+    """Writes down whose folder this is."""
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settled, indent=1) + "\n")
+    (out / RECIPE).write_text(json.dumps(settled, indent=1) + "\n")
 
 
 class _Training:
@@ -278,14 +295,20 @@ class _Training:
             found = [self.lessons(index) for index in range(step * size, (step + 1) * size)]
             yield {"micro": (step, found), "first": True}
 
-    def loss(self, model: Any, micro: tuple[int, list[Lesson]]) -> Tensor:
-        step, lessons = micro
+    def check(self, *lessons: Lesson) -> None:
+        """Raises RecipeError for a rationale with more steps than are to be thought, and where nothing is trained."""
+        if not self.model.trained:
+            raise RecipeError(f"frozen={self.recipe.frozen!r} leaves nothing to train; name fewer parts of the model")
         most = max(len(one.steps) for one in lessons)
         if 0 < self.recipe.latents < most and not self.recipe.partial:
             raise RecipeError(
                 f"a rationale has {most} steps, but 'steps' = {self.recipe.steps!r} ends with {self.recipe.latents} latent ones: "
                 f"give {most + 1} entries, or partial = true to have the rest said"
             )
+
+    def loss(self, model: Any, micro: tuple[int, list[Lesson]]) -> Tensor:
+        step, lessons = micro
+        self.check(*lessons)
         given = self.embed(self.checkpoint.model, lessons)
         seed = self.recipe.seed * 1_000_003 + step
         lost = internalisation(self.reasoner, given, lessons, self.recipe.practised(step), self.objective, seed)

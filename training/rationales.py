@@ -52,7 +52,9 @@ class Rationale:
     answer: str
     """As the policy is to word it."""
     way: tuple[int, ...] = ()
-    """The patch that each step looks up, where the task says so."""
+    """The part of the picture that each step looks up, where the task says so, and"""
+    cells: int = 0
+    """how many parts the picture has then: a policy must see it in as many patches."""
 
 
 class RationaleError(ValueError):
@@ -69,8 +71,8 @@ def of_problem(problem: Problem) -> Rationale:
         steps = tuple(Step(text, text) for text in problem.extra["steps"] if text.strip())
     else:
         raise RationaleError(f"problem {problem.id!r} has neither an oracle monologue nor a rationale")
-    way = tuple(problem.extra.get("way", ()))
-    return Rationale(problem.id, problem.question, problem.choices, problem.pictures, steps, problem.choices[problem.gold], way)
+    way, cells = tuple(problem.extra.get("way", ())), len(problem.extra.get("cells", ()))
+    return Rationale(problem.id, problem.question, problem.choices, problem.pictures, steps, problem.choices[problem.gold], way, cells)
 
 
 def bare(problem: Problem) -> Rationale:

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monologue.backends.base import BackendError
 from monologue.backends.perception.modes import MODES, OURS, PAPER, REFERENCE, Mode
 from monologue.backends.perception.prompts import Asked, Prompts, prompts
-from monologue.backends.perception.reading import bare, onward, text
+from monologue.backends.perception.reading import bare, decoder, onward, text
 from monologue.backends.perception.thoughts import Edits, Halt, Thinking, Thoughts
 
 __all__ = ["MODES", "OURS", "PAPER", "REFERENCE", "Asked", "Edits", "LatentReasoner", "Mode", "Prompts", "Thoughts", "prompts"]
@@ -39,7 +40,12 @@ class LatentReasoner:
     """
 
     def __init__(self, model: Any, mode: Mode = OURS) -> None:
+        """Raises BackendError for a model or a pause that cannot be run this way."""
         self.model, self.mode = bare(model), mode
+        decoder(self.model)
+        words = int(self.model.get_input_embeddings().num_embeddings)
+        if mode.pause_id is not None and not 0 <= mode.pause_id < words:
+            raise BackendError(f"expected a pause_id from 0 to {words - 1}, got {mode.pause_id!r}")
 
     def think(
         self,

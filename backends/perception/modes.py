@@ -15,7 +15,7 @@ What was left out: a choice of layers or heads for selection (all of them, avera
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +56,13 @@ class Mode:
     def __post_init__(self) -> None:
         kinds = get_type_hints(type(self))
         for field in fields(self):
-            allowed, value = get_args(kinds[field.name]), getattr(self, field.name)
-            if isinstance(value, str) and value not in allowed:
-                raise ValueError(f"{field.name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1 (patches='none' takes none), got {self.k!r}")
+            kind, value = kinds[field.name], getattr(self, field.name)
+            if get_origin(kind) is Literal and value not in [one for one in get_args(kind) if isinstance(value, str)]:
+                raise ValueError(f"{field.name} must be one of {', '.join(map(repr, get_args(kind)))}, got {value!r}")
+        if type(self.reuse) is not bool or not (self.pause_id is None or type(self.pause_id) is int):
+            raise ValueError(f"reuse must be true or false and pause_id a token id, got {self.reuse!r} and {self.pause_id!r}")
+        if type(self.k) is not int or self.k < 1:
+            raise ValueError(f"k must be a whole number from 1 (patches='none' takes none), got {self.k!r}")
         if self.selects == "state" and (self.order == "patches-first" or self.thought == "none"):
             raise ValueError("selects='state' needs the state in the sequence before its patches; use order='state-first' and a thought")
         if self.choice == "through" and self.patches != "attended":

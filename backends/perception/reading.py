@@ -19,7 +19,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from monologue.backends.base import BackendError
 from monologue.backends.perception.attended import Row, through
+
+SCALES = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+"""Settings by which a family changes what its last layer says (Granite, Cohere, Gemma 2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +75,27 @@ def bare(model: Any) -> Any:
 
 
 def decoder(model: Any) -> Any:
-    """The language model inside: of a model that sees, or of a text model. Raises ValueError for one that forgets (sliding windows)."""
+    """The language model inside, of a model that sees or of a text model. Raises BackendError where its numbers would be others here."""
+    name = type(model).__name__
+    if not hasattr(model, "model"):
+        raise BackendError(f"expected a model with its decoder in 'model' (the Llama, Qwen, LLaVA kind), got {name}")
     found = getattr(model.model, "language_model", model.model)
-    kinds = set(getattr(found.config, "layer_types", None) or ["full_attention"])
+    kinds = set(getattr(found.config, "layer_types", None) or [_window(found.config)])
     if kinds != {"full_attention"}:
-        raise ValueError(f"expected full attention in every layer of {type(model).__name__}, got {', '.join(sorted(kinds))}")
+        raise BackendError(f"expected full attention in every layer of {name}, got {', '.join(sorted(kinds))}")
+    if getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None):
+        raise BackendError(f"expected a model that sees at its input alone, got {name}, whose tower feeds later layers, too (deepstack)")
+    for scale in SCALES:
+        value = getattr(found.config, scale, None)
+        if value is not None and value != 1:
+            raise BackendError(f"expected logits as the last layer gives them, got {name} with {scale}={value!r}")
     return found
+
+
+def _window(config: Any) -> str:
+    """Of a configuration that does not tell its layers apart."""
+    forgets = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return f"sliding_window={config.sliding_window}" if forgets else "full_attention"
 
 
 class Reader:

@@ -30,9 +30,17 @@ TEXT = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
 SEEING = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
 
 
+def _architecture(config: Any) -> str:
+    """Raises ValueError for a configuration that does not name one."""
+    named = list(config.architectures or ())
+    if len(named) != 1:
+        raise ValueError(f"expected one name under 'architectures' in the model's config.json, got {named!r}")
+    return str(named[0])
+
+
 def environment(config: Any) -> dict[str, str]:
     """What a server of a checkpoint with this configuration finds its model by."""
-    [architecture] = config.architectures
+    architecture = _architecture(config)
     own = {"PYTHONPATH": str(MODELS), "SGLANG_EXTERNAL_MODEL_PACKAGE": PACKAGE}
     if architecture in TEXT:
         return own
@@ -80,7 +88,7 @@ class Thinking:
 
     def flags(self, config: Any) -> tuple[str, ...]:
         """Of the server, for a checkpoint with this configuration. Raises ValueError for one that has no latent twin."""
-        [architecture] = config.architectures
+        architecture = _architecture(config)
         if architecture not in (*TEXT, *SEEING) or (self.patches and architecture in TEXT):
             known = ", ".join(SEEING if self.patches else (*TEXT, *SEEING))
             raise ValueError(f"expected one of {known}, got {architecture!r}: its latent steps run in process only")
