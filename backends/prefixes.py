@@ -1,8 +1,9 @@
 """What an engine has read already: keys and values of streams that may go on, so that a turn costs its new ids and not all before them.
 
 A stream (``Prompt.affinity``) leaves at the end of each call the cache of every id that was fed. The next call that begins with exactly
-these ids, and shows no further picture, takes it up; any other reads from its beginning. Least recently used streams go first when the
-store is full. New weights empty it. Numbers differ from a whole reading by rounding alone (1e-6 in float32), as batches do.
+these ids, and shows no further picture, takes it up; any other reads from its beginning. A picture is known by its hash here, which is
+taken at its word. Least recently used streams go first when the store is full. New weights empty it. Numbers differ from a whole reading
+by rounding alone (1e-6 in float32), as batches do.
 
 Shapes: H heads, L ids, D head width.
 """
