@@ -58,16 +58,12 @@ class Served:
         return self.engine._model
 
     def say(self, prompt: Prompt, ids: Sequence[int] = (), words: int = 30, temperature: float = 1.0, **more: Any) -> tuple[Reply, Any]:
-        """What the server says after the prompt and ``ids``, and what it tells beside. A sampled reply that opens a picture is asked for
-        again: SGLang fails on it where it is fed back.
-        """
+        """What the server says after the prompt and ``ids``, and what it tells beside."""
         images = self.client._requests.admit(prompt, 1, PLAIN)
         sampling = Sampling(temperature=temperature, max_tokens=words)
         body = {**self.client._requests.generation(replace(prompt, ids=(*prompt.ids, *ids)), images, sampling), **more}
         meta = post(self.server.url, "/generate", body)["meta_info"]
         rows = meta["output_token_logprobs"]
-        if temperature and self.engine._model.config.vision_start_token_id in [row[1] for row in rows]:
-            return self.say(prompt, ids, words, temperature, **more)
         return ([row[1] for row in rows], [row[0] for row in rows]), meta
 
     def together(self, prompts: list[Prompt], ids: list[list[int]], **more: Any) -> list[tuple[Reply, Any]]:
