@@ -253,6 +253,8 @@ def test_thoughts_that_were_cut_anywhere_go_on_as_they_would_have(served: Served
 def test_a_recorded_reply_is_scored_as_it_was_sampled(served: Served) -> None:
     prompt = served.prompts[1]
     (ids, values), _ = served.say(prompt)
+    while ids[-1] == served.engine._model.config.vision_start_token_id:  # SGLang fails on a prompt that ends where a picture opens
+        ids, values = ids[:-1], values[:-1]
     flush(served.server.url)
     more = {
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
