@@ -15,7 +15,7 @@ rivals    From the same 300 problems with as many updates, then as many episodes
           ``direct-prior`` the answerer imitates one-shot answers, ``direct-more`` goes on with that, ``direct-reinforced`` is reinforced on
           the answer; ``blind`` reinforces the weak questioner where it cannot ask. Equal are problems, episodes and updates; ``sampled``
           counts ids, of which a dialogue has more. ``direct-long`` and ``blind-long`` go on until a one-shot reply's two ids have
-          become as many as the dialogues' 298,000: 9.6 times the episodes and updates.
+          become as many as the dialogues' 298,000: 9.6 times the episodes and updates (for ``blind``, whose replies are longer, more ids).
 controls  ``bench/learn.py``'s reinforced pair with answers shuffled, the picture swapped, and valid questions at random.
 
 Everything is examined greedily on problems of the split ``test`` (``--split validation`` for pilots). What is there is not made again, and
