@@ -223,7 +223,7 @@ def begin(folder: Path, seed: int) -> None:
     learner = speaker.Speaker(build_speaker(seed, tokenizer), Words(tokenizer))
     curve = Curve(folder / "base" / "curve.jsonl")
     for stage in read_recipe("speaker")["stage"][:2]:
-        speaker.learn(learner, Stage(**stage), seed, curve)
+        speaker.learn(learner, Stage(**stage), seed, curve, Hops())
     save(learner.model, tokenizer, folder / "base", build_image_processor(112, 84))
 
 

@@ -114,7 +114,7 @@ def main() -> None:
     options.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "thinking.json")
     chosen = options.parse_args()
     torch.set_num_threads(1)
-    folder, seated, worlds = chosen.models, seats(), {family: painted(family, chosen.n) for family in Hops.known}
+    folder, seated, worlds = chosen.models, seats(), {family: painted(family, chosen.n) for family in Hops.usual}
     problems = worlds["hop3"]
     arms: dict[str, Run] = {
         "direct": alone(folder / "direct", problems, 0, True),

@@ -73,7 +73,7 @@ def main() -> None:
     chosen = options.parse_args()
     thinker = starter("thinker")
     config, habit = open_config(str(thinker)), Habit.load(thinker)
-    worlds = {family: painted(family, chosen.n) for family in Hops.known}
+    worlds = {family: painted(family, chosen.n) for family in Hops.usual}
     rows: list[dict[str, Any]] = []
     with ExitStack() as running, tempfile.TemporaryDirectory() as logs:
         common: dict[str, Any] = {"python": chosen.python, "device": chosen.device}

@@ -11,20 +11,22 @@ from monologue.tasks.base import Problem, TaskError
 
 
 class Generated(ABC):
-    """A world cut to some of its families; none named: all. Raises TaskError for others."""
+    """A world cut to some of its families; none named: the usual ones. Raises TaskError for others."""
 
     name: ClassVar[str]
     splits: ClassVar[tuple[str, ...]]
     known: ClassVar[Collection[str]]
     """Its families, in the order in which they take turns."""
+    usual: ClassVar[Collection[str]]
+    """Those of them that are asked where none is named."""
 
     def __init__(self, families: Sequence[str] | None = None) -> None:
-        chosen = tuple(self.known if families is None else families)
+        chosen = tuple(self.usual if families is None else families)
         unknown = [name for name in chosen if name not in self.known]
         if unknown or not chosen:
             raise TaskError(f"unknown question families {unknown!r}; choose from {', '.join(self.known)}")
         self.families = chosen
-        self._world = self.name if chosen == tuple(self.known) else f"{self.name}[{'+'.join(chosen)}]"
+        self._world = self.name if chosen == tuple(self.usual) else f"{self.name}[{'+'.join(chosen)}]"
 
     @abstractmethod
     def problem(self, split: str, index: int, seed: int = 0) -> Problem:

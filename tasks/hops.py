@@ -49,8 +49,10 @@ LETTERS = {
 """Five rows of three dots each, drawn by us so that every machine draws the same pixels."""
 ARROW = (0b000100, 0b000110, 0b111111, 0b000110, 0b000100)
 INK = (250, 250, 250)
-FAMILIES = {"hop1": 1, "hop2": 2, "hop3": 3, "hop4": 4}
+FAMILIES = {f"hop{hops}": hops for hops in range(1, 9)}
 """Arrows to follow."""
+USUAL = ("hop1", "hop2", "hop3", "hop4")
+"""What the shipped policies were taught; longer ways are asked for by name."""
 ASKED = ("which", "what", "colour", "is", "hop", "hops", "after", "follows")
 CORRECTIONS = ("please", "look", "or", "answer", "again", "no", ",", "describe", "the", "picture")
 """What seats are told that said something unheard of, and what graph ``caption`` asks."""
@@ -141,6 +143,7 @@ class Hops(Generated):
     name = "hops"
     splits = SPLITS
     known = FAMILIES
+    usual = USUAL
 
     def problem(self, split: str, index: int, seed: int = 0) -> Problem:
         """Problem ``index`` of a split; it depends on (seed, split, family, index) only."""

@@ -74,9 +74,9 @@ def test_a_few_steps_of_each_stage_learn(learner: speaker.Speaker, tmp_path: Pat
     pixels, boards = next(speaker.boards("see/9", 16))
     before = learner.see_loss(pixels, boards).item()
     for name in ("see", "drill", "seats"):
-        speaker.learn(learner, Stage(name, steps=8, batch=4, turns=4, lr=3e-3), 0, curve)
+        speaker.learn(learner, Stage(name, steps=8, batch=4, turns=4, lr=3e-3), 0, curve, Hops())
     assert learner.see_loss(pixels, boards).item() < 0.95 * before
-    found = speaker.examine(learner, 8)
+    found = speaker.examine(learner, 8, Hops())
     assert set(found) == {"cells", "look-ups", "questioner", "answerer"} and all(0 <= value <= 1 for value in found.values())
     with pytest.raises(ValueError, match="sing"):
-        speaker.learn(learner, Stage("sing", steps=1, batch=1), 0, curve)
+        speaker.learn(learner, Stage("sing", steps=1, batch=1), 0, curve, Hops())

@@ -35,7 +35,7 @@ class Shapes(Generated):
 
     name = "shapes"
     splits = SPLITS
-    known = FAMILIES
+    known = usual = FAMILIES
 
     def problem(self, split: str, index: int, seed: int = 0) -> Problem:
         family = self.families[index % len(self.families)]

@@ -132,14 +132,20 @@ def _direct(bench: Bench) -> Made:
 
 
 def _speaker(bench: Bench) -> Made:
+    task = hops_of(bench.recipe)
     learner = speaker.Speaker(build_speaker(bench.seed, bench.tokenizer), bench.words)
     for stage in stages_of(bench.recipe):
-        speaker.learn(learner, stage, bench.seed, bench.curve)
+        speaker.learn(learner, stage, bench.seed, bench.curve, task)
     round_weights(learner.model)
-    return learner.model, speaker.examine(learner, 1000)
+    return learner.model, speaker.examine(learner, 1000, task)
 
 
 _MAKERS: dict[str, Callable[[Bench], Made]] = {"answerer": _answerer, "questioner": _questioner, "direct": _direct, "speaker": _speaker}
+
+
+def hops_of(recipe: dict[str, Any]) -> Hops:
+    """The world of hops, cut to the recipe's families. Raises TaskError."""
+    return Hops(recipe["families"].split(",") if recipe["families"] else None)
 
 
 def save(model: Any, tokenizer: Any, out: Path, processor: Any | None) -> None:
@@ -161,7 +167,7 @@ def write_card(out: Path, recipe: dict[str, Any], model: nn.Module, scores: dict
         "parameters": sum(p.numel() for p in model.parameters()),
         "cpu_seconds": round(seconds),
         "torch": torch.__version__.split("+")[0],
-        "world_sha256": recipe.get("world") or world_hash(Hops() if recipe["policy"] == "speaker" else Shapes()),
+        "world_sha256": recipe.get("world") or world_hash(hops_of(recipe) if recipe["policy"] == "speaker" else Shapes()),
         "weights_sha256": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
         "validation": scores,
     }

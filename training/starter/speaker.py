@@ -148,9 +148,9 @@ def seer(problem: Problem) -> list[Part]:
     return parts
 
 
-def seats(words: Words, stage: Stage, seed: int) -> Iterator[Batch]:
+def seats(words: Words, stage: Stage, seed: int, task: Hops) -> Iterator[Batch]:
     """Batches of one seat or the other, by turns; the answerer's with a share of drills, which keep what was learned."""
-    rng, task = random.Random(f"{stage.name}/{seed}"), Hops()
+    rng = random.Random(f"{stage.name}/{seed}")
     for number, start in enumerate(_count(stage.first, stage.batch)):
         problems = [task.problem("train", index, seed) for index in range(start, start + stage.batch)]
         if number % 3 == 0:
@@ -173,21 +173,21 @@ def _count(first: int, size: int) -> Iterator[int]:
         first += size
 
 
-def learn(speaker: Speaker, stage: Stage, seed: int, curve: Curve) -> None:
-    """Runs one stage. Raises ValueError for a name that it does not know."""
+def learn(speaker: Speaker, stage: Stage, seed: int, curve: Curve, task: Hops) -> None:
+    """Runs one stage; ``seats`` on problems of the task. Raises ValueError for a name that it does not know."""
     if stage.name == "see":
         fit(stage, speaker.tower(), boards(f"see/{seed}", stage.batch), lambda pair: speaker.see_loss(*pair), curve)
     elif stage.name in ("drill", "seats"):
-        stream = drills(speaker.words, stage, seed) if stage.name == "drill" else seats(speaker.words, stage, seed)
-        fit(stage, speaker.language(), stream, speaker.speak_loss, curve, lambda: examine(speaker, 100))
+        stream = drills(speaker.words, stage, seed) if stage.name == "drill" else seats(speaker.words, stage, seed, task)
+        fit(stage, speaker.language(), stream, speaker.speak_loss, curve, lambda: examine(speaker, 100, task))
     else:
         raise ValueError(f"unknown stage {stage.name!r}; expected see, drill or seats")
 
 
 @torch.no_grad()
-def examine(speaker: Speaker, n: int) -> dict[str, float]:
+def examine(speaker: Speaker, n: int, task: Hops) -> dict[str, float]:
     """On validation problems: share of cells read right in all three, of drilled look-ups, of whole parts said word for word."""
-    problems = list(Hops().problems("validation", n))
+    problems = list(task.problems("validation", n))
     drawn = [_board(problem) for problem in problems]
     pixels = patches([problem.pictures[0]() for problem in problems])
     read = torch.stack([one.argmax(-1) for one in speaker.readings(pixels)], dim=-1)
