@@ -42,7 +42,7 @@ from monologue.backends.base import (
 )
 from monologue.backends.pictures import Eyes, Placeholders, locate
 from monologue.backends.wire import FIRST_WAIT, LONGEST_WAIT, Loop
-from monologue.traces.images import png_bytes
+from monologue.traces.png import png_bytes
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel

@@ -1,12 +1,13 @@
 """Latent steps beside the released IVT-LR code, in one run: decoder token-positions, seconds a question, questions a second, peak memory.
 
-    MONOLOGUE_IVTLR=CHECKOUT python bench/latent.py [--repeats 5] [--device cpu] [--json bench/results/latent.json]
+    MONOLOGUE_IVTLR=CHECKOUT python bench/latent.py [--repeats 5] [--device cpu] [--dtype bfloat16] [--json FILE]
 
 Both answer the same random questions about random pictures (100 visual tokens, n = 3 latent steps of K = 32 patches, 7 words) with the same
-random weights in float32: the released code from the user's checkout, one question at a time as it asserts, with the eager attention that
-it needs; the engine one at a time and 32 at a time, in ``reference`` mode (the same work) and in ``ours``. ``products`` is no engine: the
-decoder's weights are multiplied with as many rows as the batched engine reads, and nothing else is done, so on a machine that computes all
-the time no engine that reads each position once can be faster. Arms take turns within a repeat.
+random weights, in float32 or in bfloat16 (in which the released script opens its model): the released code from the user's checkout, one
+question at a time as it asserts, with the eager attention that it needs; the engine one at a time and 32 at a time, in ``reference`` mode
+(the same work) and in ``ours``. ``products`` is no engine: the decoder's weights are multiplied with as many rows as the batched engine
+reads, and nothing else is done, so on a machine that computes all the time no engine that reads each position once can be faster. Arms take
+turns within a repeat.
 Figures a question: median, least and most over repeats of wall and processor seconds; token-positions as layer 0 sees them; peak memory of
 a call is how far the resident set grew, each arm in a process of its own (on a GPU: what was allocated). It can lose: what a batch wins
 depends on how idle one question leaves the machine.
@@ -15,6 +16,7 @@ depends on how idle one question leaves the machine.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import multiprocessing
@@ -31,6 +33,7 @@ import torch
 import transformers
 from released_ivtlr import HOW, LATENT, checkout, model, prompt, released, silent
 
+from monologue.backends.patches import multiply_patches
 from monologue.backends.perception.ivtlr import OURS, REFERENCE, Asked, LatentReasoner, Mode, prompts
 
 CONFIGURATIONS = {"8x512": (8, 512, 8000), "4x64": (4, 64, 512)}
@@ -50,8 +53,8 @@ TARGETS = {"token_positions": 4.0, "seconds": 3.0, "throughput": 15.0}
 
 
 @functools.cache
-def ask(seed: int, vocabulary: int, device: str) -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor]:
-    ids, pixels, grids = prompt(WORDS, GRID, seed, vocabulary, torch.float32)
+def ask(seed: int, vocabulary: int, device: str, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor]:
+    ids, pixels, grids = prompt(WORDS, GRID, seed, vocabulary, dtype)
     return ids, pixels.to(device), grids.to(device)
 
 
@@ -62,7 +65,7 @@ def releasing(base: Any, place: Path, vocabulary: int, device: str) -> Callable[
     code.eos_token_id = -1  # as many words as the others
 
     def answer(seed: int) -> None:
-        ids, pixels, grids = ask(seed, vocabulary, device)
+        ids, pixels, grids = ask(seed, vocabulary, device, base.dtype)
         fed = torch.tensor([[*ids, *[LATENT] * STEPS]], device=device)
         with silent():
             code.generate(fed, torch.ones_like(fed), pixels, grids, max_new_tokens=SPOKEN)
@@ -76,7 +79,7 @@ def reasoning(base: Any, mode: Mode, batch: int, vocabulary: int, device: str) -
     reasoner = LatentReasoner(base, replace(mode, k=K))
 
     def answer(seed: int) -> None:
-        asked = [Asked(*ask(seed + lane, vocabulary, device)) for lane in range(batch)]
+        asked = [Asked(*ask(seed + lane, vocabulary, device, base.dtype)) for lane in range(batch)]
         thoughts = reasoner.think(prompts(base, asked), STEPS)
         logits = reasoner.say(thoughts.last)
         for _ in range(SPOKEN - 1):
@@ -90,7 +93,8 @@ def multiplying(base: Any, batch: int, device: str) -> Callable[[int], None]:
     decoder, head = base.model.language_model, base.lm_head.weight
     weights = [one.weight for one in decoder.layers.modules() if isinstance(one, torch.nn.Linear)]
     blocks = [WORDS + GRID**2 + 2, *[K + 1] * STEPS, *[1] * (SPOKEN - 1)]  # places a lane, read one block after another
-    given = {(rows, wide): torch.ones(batch * rows, wide, device=device) for rows in {*blocks, 1} for wide in {w.shape[1] for w in weights}}
+    wides, kind = {w.shape[1] for w in weights}, {"device": device, "dtype": base.dtype}
+    given = {(rows, wide): torch.ones(batch * rows, wide, **kind) for rows in {*blocks, 1} for wide in wides}
 
     def answer(seed: int) -> None:
         for places in blocks:
@@ -123,9 +127,9 @@ def positions(base: Any, answer: Callable[[int], None]) -> int:
     return sum(seen)
 
 
-def timed(answer: Callable[[int], None], seed: int, vocabulary: int, device: str) -> tuple[float, float]:
+def timed(answer: Callable[[int], None], seed: int, vocabulary: int, device: str, dtype: torch.dtype) -> tuple[float, float]:
     for lane in range(BATCH):  # made before the clock starts
-        ask(seed + lane, vocabulary, device)
+        ask(seed + lane, vocabulary, device, dtype)
     wall, own = time.perf_counter(), time.process_time()
     answer(seed)
     if device != "cpu":
@@ -162,19 +166,21 @@ def resident(name: str) -> int:
 
 
 @torch.no_grad()
-def measure(configuration: str, repeats: int, device: str, place: Path) -> list[dict[str, Any]]:
+def measure(configuration: str, repeats: int, device: str, dtype: torch.dtype, place: Path) -> list[dict[str, Any]]:
     layers, width, vocabulary = CONFIGURATIONS[configuration]
-    base = model(layers, width, vocabulary, dtype=torch.float32).to(device)
-    peaks = {arm: [peak(way(arm, base, place, vocabulary, device), device) for _ in range(2)] for arm in ARMS}
+    theirs = model(layers, width, vocabulary, dtype=dtype).to(device)
+    mine = multiply_patches(copy.deepcopy(theirs))  # as ``open_checkpoint`` leaves it
+    bases = {arm: theirs if arm == "released" else mine for arm in ARMS}
+    peaks = {arm: [peak(way(arm, base, place, vocabulary, device), device) for _ in range(2)] for arm, base in bases.items()}
     seconds: dict[str, list[tuple[float, float]]] = {arm: [] for arm in ARMS}
     counted: dict[str, int] = {}
     for repeat in range(-1, repeats):
-        for arm in ARMS:
+        for arm, base in bases.items():
             answer = way(arm, base, place, vocabulary, device)
             if repeat < 0:  # also warms up
                 counted[arm] = answer.positions if arm == "products" else positions(base, answer)  # type: ignore[attr-defined]
             else:
-                seconds[arm].append(timed(answer, 100 * repeat, vocabulary, device))
+                seconds[arm].append(timed(answer, 100 * repeat, vocabulary, device, dtype))
     rows = []
     for arm, (_, batch) in ARMS.items():
         wall, own = ([pair[side] / batch for pair in seconds[arm]] for side in (0, 1))
@@ -205,25 +211,28 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--device", default="cpu")
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options.add_argument("--configuration", choices=CONFIGURATIONS, action="append")
-    options.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "latent.json")
+    options.add_argument("--json", type=Path, help="default: bench/results/latent.json, latent-bfloat16.json")
     chosen = options.parse_args()
     place = checkout()
     if place is None:
         options.error(HOW)
+    dtype = getattr(torch, chosen.dtype)
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    rows = [row for name in chosen.configuration or CONFIGURATIONS for row in measure(name, chosen.repeats, chosen.device, place)]
+    rows = [row for name in chosen.configuration or CONFIGURATIONS for row in measure(name, chosen.repeats, chosen.device, dtype, place)]
     for row in rows:
         figures = "  ".join(f"{name} {row[name]['median']:.4g}" for name in ("seconds", "processor_seconds", "peak_mib"))
         print(f"{row['configuration']:6} {row['arm']:18} token-positions {row['token_positions']:6.0f}  {figures}")
     ratio = ratios(rows)
     print("\n".join(f"{value:6.2f}x less  {name}" for name, value in ratio.items()))
     where = torch.cuda.get_device_name() if chosen.device != "cpu" else f"{platform.machine()}, {os.cpu_count()} cores, 1 thread"
-    machine = f"{where}, torch {torch.__version__}, transformers {transformers.__version__}, float32"
-    command = f"python bench/latent.py --repeats {chosen.repeats} --device {chosen.device}"
-    facts = {"name": "latent", "command": command, "machine": machine, "targets": TARGETS, "rows": rows, "ratio": ratio}
-    chosen.json.write_text(json.dumps(facts, indent=2) + "\n")
+    machine = f"{where}, torch {torch.__version__}, transformers {transformers.__version__}, {chosen.dtype}"
+    command = f"python bench/latent.py --repeats {chosen.repeats} --device {chosen.device} --dtype {chosen.dtype}"
+    name = "latent" if chosen.dtype == "float32" else f"latent-{chosen.dtype}"
+    facts = {"name": name, "command": command, "machine": machine, "targets": TARGETS, "rows": rows, "ratio": ratio}
+    (chosen.json or Path(__file__).parent / "results" / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

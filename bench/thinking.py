@@ -2,6 +2,8 @@
 
     python bench/hops.py --seeds 0 --arms direct spoken explicit ours      # makes the policies, all of one shape, under runs/hops/0
     python bench/thinking.py [--models runs/hops/0] [--n 256] [--repeats 5] [--json bench/results/thinking.json]
+    python bench/thinkers.py --hops 6 --seeds 0                            # a pair for longer ways, under runs/thinkers6/0
+    python bench/thinking.py --pair runs/thinkers6/0                       # that pair alone: bench/results/thinking6.json
 
 Three hops and a colour, test problems. One model, one reply, from pixels to the last word, greedy, in batches:
 
@@ -10,8 +12,9 @@ Three hops and a colour, test problems. One model, one reply, from pixels to the
     replies     the four replies, then the answer
     dialogue    four questions with their replies, then the answer
 
-and as users play them, every step recorded, 64 episodes at once, for one to four hops: graph ``latent`` with the shipped thinker and graph
-``monologue`` with the shipped speaker in both seats. Pictures are painted beforehand: a real task has them.
+and as users play them, every step recorded, 64 episodes at once, for as many hops as the pair was taught: graph ``latent`` with the thinker
+and graph ``monologue`` with the speaker in both seats, the shipped ones or those of ``--pair``. Pictures are painted beforehand: a real
+task has them.
 
 Accuracy of the answer stands beside the seconds: ``direct`` is quick and wrong. A ratio is of times within a repeat; median, least, most.
 """
@@ -98,30 +101,47 @@ def painted(family: str, n: int) -> list[Problem]:
     return [replace(problem, pictures=tuple(picture().copy for picture in problem.pictures)) for problem in problems]
 
 
-def seats() -> dict[str, Any]:
-    """The shipped thinker, and the shipped speaker in the other seats."""
-    greedy, thinker = Sampling(temperature=0.0), starter("thinker")
-    found = {role: load_policy(starter(role, task="hops"), role, sampling=greedy, policy_id=role) for role in ("questioner", "answerer")}
+def pair_of(folder: Path | None) -> tuple[Path, Path]:
+    """Where speaker and thinker lie: those of ``bench/thinkers.py`` in a folder, or the shipped ones."""
+    return (starter("questioner", task="hops"), starter("thinker")) if folder is None else (folder / "speaker", folder / "thinker")
+
+
+def taught(thinker: Path) -> tuple[str, ...]:
+    """Families that a thinker was taught: it takes a step a hop, and one for the colour."""
+    return tuple(f"hop{hops}" for hops in range(1, Habit.load(thinker).steps))
+
+
+def seats(speaker: Path, thinker: Path) -> dict[str, Any]:
+    """The thinker, and the speaker in the other seats."""
+    greedy = Sampling(temperature=0.0)
+    found = {role: load_policy(speaker, role, sampling=greedy, policy_id=role) for role in ("questioner", "answerer")}
     return {**found, "thinker": load_policy(thinker, "thinker", habit=Habit.load(thinker), trainable=False, sampling=greedy)}
+
+
+def one_reply(folder: Path, latent: str, problems: Sequence[Problem]) -> dict[str, Run]:
+    """The arms of one model and one reply."""
+    return {
+        "direct": alone(folder / "direct", problems, 0, True),
+        "latent": alone(folder / latent, problems, 0, True),
+        "replies": alone(folder / "explicit", problems, 4, True),
+        "dialogue": alone(folder / "spoken", problems, 4, False),
+    }
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--models", type=Path, default=Path("runs/hops/0"))
     options.add_argument("--latent", default="ours", help="arm of bench/hops.py that thinks")
+    options.add_argument("--pair", type=Path, help="folder with a speaker and a thinker, in place of the shipped ones and of one reply")
     options.add_argument("--n", type=int, default=256)
     options.add_argument("--repeats", type=int, default=5)
-    options.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "thinking.json")
+    options.add_argument("--json", type=Path)
     chosen = options.parse_args()
     torch.set_num_threads(1)
-    folder, seated, worlds = chosen.models, seats(), {family: painted(family, chosen.n) for family in Hops.usual}
-    problems = worlds["hop3"]
-    arms: dict[str, Run] = {
-        "direct": alone(folder / "direct", problems, 0, True),
-        "latent": alone(folder / chosen.latent, problems, 0, True),
-        "replies": alone(folder / "explicit", problems, 4, True),
-        "dialogue": alone(folder / "spoken", problems, 4, False),
-    }
+    speaker, thinker = pair_of(chosen.pair)
+    seated, worlds = seats(speaker, thinker), {family: painted(family, chosen.n) for family in taught(thinker)}
+    name = f"thinking{len(worlds)}" if chosen.pair else "thinking"
+    arms = {} if chosen.pair else one_reply(chosen.models, chosen.latent, worlds["hop3"])
     for family, some in worlds.items():
         arms[f"graph latent, {family}"] = played("latent:percent=0", seated, some)
         arms[f"graph monologue, {family}"] = played("monologue", seated, some)
@@ -133,13 +153,14 @@ def main() -> None:
             rows += [{"repeat": repeat, "arm": arm, "accuracy": round(accuracy, 4), "seconds": round(time.perf_counter() - started, 4)}]
     rows = [row for row in rows if row["repeat"] >= 0]
     times = {arm: [row["seconds"] for row in rows if row["arm"] == arm] for arm in arms}
-    pairs = [("replies", "latent"), ("dialogue", "latent"), ("latent", "direct")]
+    pairs = [] if chosen.pair else [("replies", "latent"), ("dialogue", "latent"), ("latent", "direct")]
     pairs += [(f"graph monologue, {family}", f"graph latent, {family}") for family in worlds]
     ratio = {f"{a} / {b}": spread([x / y for x, y in zip(times[a], times[b], strict=True)]) for a, b in pairs}
-    command = f"python bench/thinking.py --latent {chosen.latent} --n {chosen.n} --repeats {chosen.repeats}"
+    which = f"--pair runs/thinkers{len(worlds)}/{chosen.pair.name}" if chosen.pair else f"--latent {chosen.latent}"
+    command = f"python bench/thinking.py {which} --n {chosen.n} --repeats {chosen.repeats}"
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, one thread"
-    result = {"name": "thinking", "command": command, "machine": machine, "batch": BATCH, "rows": rows, "ratio": ratio}
-    chosen.json.write_text(json.dumps(result, indent=1) + "\n")
+    result = {"name": name, "command": command, "machine": machine, "batch": BATCH, "rows": rows, "ratio": ratio}
+    (chosen.json or Path(__file__).parent / "results" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({"ratio": ratio, "accuracy": {row["arm"]: row["accuracy"] for row in rows}}, indent=1))
 
 

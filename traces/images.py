@@ -96,13 +96,6 @@ def upright(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def png_bytes(image: Image.Image) -> bytes:
-    """The picture as PNG; equal pixels give equal bytes."""
-    buffer = io.BytesIO()
-    (image if image.mode == "RGB" else image.convert("RGB")).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
-
-
 def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 

@@ -34,7 +34,8 @@ from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_contex
 from PIL.Image import Image
 
 from monologue.traces import names
-from monologue.traces.images import Picture, digest, png_bytes
+from monologue.traces.images import Picture, digest
+from monologue.traces.png import png_bytes
 from monologue.traces.privacy import Capture, Privacy, Redact
 from monologue.traces.schema import SCHEMA_VERSION, Annotation, EpisodeEnd, EpisodeStart, SpanEvent, SpanRecord
 from monologue.traces.store import RunWriter

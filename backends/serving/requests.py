@@ -32,7 +32,7 @@ from monologue.backends.base import ImageFacts, Prompt, RequestRefused, Sampling
 from monologue.backends.inputs import Eyes
 from monologue.backends.pictures import locate
 from monologue.backends.serving.answers import truncated
-from monologue.traces.images import png_bytes
+from monologue.traces.png import png_bytes
 
 NEVER = -1e9
 """Logit bias of what must not be sampled."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from monologue.traces.images import png_bytes
+from monologue.traces.png import png_bytes
 from tests_real.served.kit import Start, post
 
 PAD, OPEN, CLOSE = 13, 11, 12
