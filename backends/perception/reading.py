@@ -106,6 +106,7 @@ class Reader:
         self._model = decoder(model)
         if cached and model.training and any(getattr(layer, "gradient_checkpointing", False) for layer in self._model.layers):
             raise ValueError("gradient checkpointing drops keys and values; turn it off, or think(..., cached=False)")
+        self._plain = self._model.config._attn_implementation != "eager"  # the eager function knows no causality but a mask's
         self.cache: Any = DynamicCache() if cached else None
         self._read: Block | None = None
 
@@ -130,13 +131,21 @@ class Reader:
         with through(self._model.config, asked) as more:
             out = self._model(
                 inputs_embeds=fed.embeds,
-                attention_mask=_mask(whole, offset, fed.embeds.dtype),
+                attention_mask=None if self._plain and _causal(whole, offset) else _mask(whole, offset, fed.embeds.dtype),
                 position_ids=fed.positions[0] if len(fed.positions) == 1 else fed.positions,
                 past_key_values=self.cache,
                 use_cache=self.cache is not None,
                 **more,
             )
         return out.last_hidden_state[:, -length:], asked.weights if row else None
+
+
+def _causal(whole: Block, offset: int) -> bool:
+    """Whether every place sees just what came before it, in a block that is all there is, or a single place: attention is twice as fast
+    when it is not told so by a mask.
+    """
+    alone = offset in (0, whole.valid.shape[1] - 1)
+    return alone and bool(whole.valid.all()) and not bool((whole.blind[:, offset:].any(1) & whole.picture.any(1)).any())
 
 
 def _mask(whole: Block, offset: int, numbers: torch.dtype) -> Tensor:
