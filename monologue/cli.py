@@ -77,7 +77,7 @@ def _play(command: argparse.ArgumentParser) -> None:
         "--graph", default="monologue", metavar="GRAPH", help="e.g. monologue, monologue:looks=2, latent, direct, caption, blind"
     )
     command.add_argument("--n", type=int, help="problems (default: 20)")
-    command.add_argument("--families", metavar="NAMES", help="question families of shapes or hops, separated by commas (default: all)")
+    command.add_argument("--families", metavar="NAMES", help="families of shapes or hops, separated by commas (default: the usual ones)")
     command.add_argument("--samples", type=int, default=1, help="episodes per problem")
     command.add_argument("--out", type=Path, metavar="RUN", help="run folder (default: a new one under runs/)")
     command.add_argument("--control", choices=commands.CONTROLS)
@@ -108,7 +108,7 @@ def _eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("--split", help="default: test")
     command.add_argument("--graph", default=GRAPHS, metavar="GRAPHS", help="names separated by commas")
     command.add_argument("--n", type=int, help="problems (default: 1000)")
-    command.add_argument("--families", metavar="NAMES", help="question families separated by commas (default: all)")
+    command.add_argument("--families", metavar="NAMES", help="question families separated by commas (default: the usual ones)")
     command.add_argument("--json", type=Path, metavar="FILE")
     command.add_argument("--out", type=Path, metavar="DIR", help="keep the runs here (default: thrown away)")
     command.add_argument("--control", choices=commands.CONTROLS)

@@ -100,8 +100,14 @@ def train_reinforce(options: argparse.Namespace) -> int:
     table(["measure", "first iteration", "last"], rows)
     print(f"look:  monologue view {out}")
     for role in recipe.trained:
-        print(f"play:  monologue play --{role} {out / role}")
+        print(f"play:  monologue play --{role} {out / role}{_world(recipe.task, recipe.families)}")
     return 0
+
+
+def _world(task: str, families: str) -> str:
+    """What a command needs beside a policy, so that it plays the problems on which that was trained."""
+    named = f" --task {task}" if task not in ("", "shapes") else ""
+    return f"{named} --families {families}" if families else named
 
 
 def train_latent(options: argparse.Namespace) -> int:
@@ -139,5 +145,6 @@ def train_latent(options: argparse.Namespace) -> int:
         write_thinker_card(options, recipe, checkpoint, out, task, scores)
         table(["validation problems", "answered right"], [[name, f"{value:.4f}"] for name, value in scores.items()])
     seated = recipe.as_mode().patches != "random"
-    print(f"play:  monologue play --graph latent --thinker {out}" if seated else "patches by lot are a control: it takes no seat")
+    told = f"play:  monologue play --graph latent --thinker {out}{_world(recipe.task if recipe.task in TASKS else '', recipe.families)}"
+    print(told if seated else "patches by lot are a control: it takes no seat")
     return 0

@@ -351,3 +351,4 @@ def test_what_ships_is_rounded_examined_as_it_ships_and_has_a_card(
     assert {value.dtype for value in weights(out).values()} == {torch.bfloat16}
     opened, shown = open_checkpoint(str(out), device="cpu", dtype=torch.float32), capsys.readouterr().out
     assert validated(opened, out, TASK, 8) == card["validation"] and "hop4" in shown
+    assert shown.endswith(f"play:  monologue play --graph latent --thinker {out} --task hops\n"), "the command plays what it was taught"

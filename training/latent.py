@@ -59,7 +59,7 @@ class Latent(BaseModel):
     folder: str = ""
     """where the files of scienceqa and m3cot lie."""
     families: str = ""
-    """Of the task, separated by commas; empty: all."""
+    """Of the task, separated by commas; empty: its usual ones."""
     model: str = "starter"
     """Checkpoint to begin with: a folder, a Hub name, or ``starter``."""
     words: Literal["dialogue", "replies"] = "dialogue"

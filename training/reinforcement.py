@@ -65,7 +65,7 @@ class Reinforcement(BaseModel):
     split: str = "train"
     """Of the task."""
     families: str = ""
-    """Question families separated by commas; empty: all."""
+    """Question families separated by commas; empty: the task's usual ones."""
     graph: str = "monologue"
     """Online: the graph."""
     served: dict[str, str] = {}
