@@ -95,7 +95,7 @@ class Batcher(Generic[Job, Result]):
                 self._thread.start()
         try:
             return await asyncio.wait_for(ticket.future, None if timeless else self._timeout)
-        except asyncio.TimeoutError as error:
+        except TimeoutError as error:
             raise BackendTimeout(f"{self._name} gave no answer within {self._timeout} s; allow more time or fewer tokens") from error
 
     async def aclose(self) -> None:

@@ -148,7 +148,7 @@ class ScriptedBackend:
     async def _in_time(self, reply: Awaitable[Reply]) -> Reply:
         try:
             return await asyncio.wait_for(reply, self._timeout)
-        except asyncio.TimeoutError as error:
+        except TimeoutError as error:
             raise BackendTimeout(f"no scripted reply came within {self._timeout} s") from error
 
     async def _reply(self, request: Request) -> Reply:

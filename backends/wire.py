@@ -164,7 +164,7 @@ class Wire:
 
         try:
             status, text = await asyncio.wait_for(sent, max(timeout, 0.001))
-        except asyncio.TimeoutError as error:
+        except TimeoutError as error:
             raise BackendTimeout(f"the server {self.url} did not answer {name} within its deadline") from error
         except aiohttp.ClientConnectorError as error:
             raise BackendUnavailable(f"the server {self.url} cannot be reached for {name}: {error}".rstrip(": ")) from error

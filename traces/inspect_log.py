@@ -20,7 +20,7 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -302,4 +302,4 @@ def _facts(span: SpanRecord) -> dict[str, Any]:
 
 
 def _moment(nanoseconds: int) -> str:
-    return datetime.fromtimestamp(nanoseconds / 1e9, timezone.utc).isoformat()
+    return datetime.fromtimestamp(nanoseconds / 1e9, UTC).isoformat()
