@@ -6,6 +6,7 @@ as in IMMO. A builder's own graph is one more ``Graph``, given to ``play`` as it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -60,6 +61,11 @@ def register(graph: Graph) -> Graph:
 
 def names() -> tuple[str, ...]:
     return tuple(sorted(_GRAPHS))
+
+
+def listed(names: str) -> list[str]:
+    """The graphs named in one text, commas between them; a comma before ``key=number`` goes on with a graph's options."""
+    return [name.strip() for name in re.split(r",(?![^,:]*=)", names)]
 
 
 def find(name: str) -> Graph:

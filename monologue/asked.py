@@ -81,9 +81,9 @@ def _check_processes(options: argparse.Namespace) -> None:
 
 
 def _check_seats(options: argparse.Namespace) -> None:
-    from monologue.graphs.registry import find
+    from monologue.graphs.registry import find, listed
 
-    used = {role for graph in options.graph.split(",") for role in find(graph.strip()).roles}
+    used = {role for graph in listed(options.graph) for role in find(graph).roles}
     for role in ROLES:
         if getattr(options, role) != "starter" and role not in used:
             raise UsageError(f"--{role} names a policy, but {options.graph!r} has no such seat; its seats are {', '.join(sorted(used))}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from monologue.graphs.play import check_control as check
-from monologue.graphs.registry import find
+from monologue.graphs.registry import find, listed
 from monologue.graphs.summary import Played
 from monologue.seating import config_of, player
 from monologue.tables import table
@@ -24,9 +24,10 @@ from monologue.tasks.base import Problem, Score, Task, by_family, by_hops, summa
 def evaluate_graphs(options: argparse.Namespace, task: Task, out: Path) -> list[dict[str, Any]]:
     """Plays every graph of ``options.graph``; prints the table and returns its rows."""
     problems = list(task.problems(options.split, options.n, 0))
-    for name in options.graph.split(","):
-        check(find(name.strip()), options.control)
-    rows = [_evaluate(name.strip(), options, task, problems, out) for name in options.graph.split(",")]
+    graphs = listed(options.graph)
+    for name in graphs:
+        check(find(name), options.control)
+    rows = [_evaluate(name, options, task, problems, out) for name in graphs]
     heads = ["graph", "n", "accuracy", "± stderr", "chance", "turns", "tokens", "seconds", "failed"]
     table(heads, [_cells(row) for row in rows])
     heads = ["family or hops", "chance", *(row["graph"] for row in rows)]

@@ -25,7 +25,7 @@ from monologue.graphs.oracle import Seat, oracle
 from monologue.graphs.play import play
 from monologue.graphs.registry import find
 from monologue.tasks.base import Problem
-from monologue.traces.store import Episode, RunError, RunReader
+from monologue.traces.store import Episode, RunError, RunReader, read_info
 
 
 @dataclass
@@ -43,6 +43,9 @@ def retokenise(run: str | Path, out: str | Path, role: str, student: Policy) -> 
     graph that is not registered, and for one run of several graphs.
     """
     reader, drift = RunReader(run), Drift()
+    config = {"retokenised": reader.info["run_id"], "role": role}
+    if (Path(out) / "run.json").is_file() and not config.items() <= read_info(out)["config"].items():
+        raise RunError(f"{str(out)!r} holds another run than {role!r} of {str(run)!r} said again; name another folder, or remove it")
     problems: list[Problem] = []
     scripts: dict[str, Mapping[str, tuple[Action, ...]]] = {}
     graphs = set()
@@ -62,7 +65,7 @@ def retokenise(run: str | Path, out: str | Path, role: str, student: Policy) -> 
     seats: dict[str, Seat] = dict.fromkeys(graph.roles, oracle(ChatCodec(Transcript(), 1, PLACEHOLDER), Marked(), "recorded"))
     seats[role] = oracle(codec_for(engine.tokenizer, engine), engine if engine.facts.sees else None, f"recorded-{role}")
     turns = 1 + max(len(said) for script in scripts.values() for said in script.values())
-    summary = play(graph, problems, seats, out, max_turns=turns, progress=False)
+    summary = play(graph, problems, seats, out, max_turns=turns, progress=False, config=config)
     drift.kept = summary.ok
     drift.left_out.update(str(one.error).partition(":")[0] for one in summary.failed)
     if not summary.ok:

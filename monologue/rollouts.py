@@ -44,14 +44,14 @@ TOGETHER = 128
 class Rollouts:
     """The seats of a recipe's graph, and its problems in order."""
 
-    def __init__(self, recipe: Reinforcement, task: Task, seats: Mapping[str, Policy]) -> None:
-        """Raises RecipeError where a trained or served role has no seat in the graph."""
+    def __init__(self, recipe: Reinforcement, task: Task, seats: Mapping[str, Policy], own: Mapping[str, Reward] | None = None) -> None:
+        """``own`` are rewards that a recipe may name beside ours. Raises RecipeError where a trained or served role has no seat."""
         strange = sorted({*recipe.trained, *recipe.served} - set(find(recipe.graph).roles))
         if strange:
             raise RecipeError(
                 f"graph {recipe.graph!r} has no seat for {', '.join(strange)}; its seats are {', '.join(find(recipe.graph).roles)}"
             )
-        self.recipe, self.task, self.seats = recipe, task, dict(seats)
+        self.recipe, self.task, self.seats, self._own = recipe, task, dict(seats), dict(own or {})
         self._next, self._problems = 0, self._endless()
 
     def play(self, iteration: int, pen: RunWriter) -> None:
@@ -92,8 +92,8 @@ class Rollouts:
         return role
 
     def rewards(self) -> dict[str, Reward]:
-        """Progress and counterfactuals by the questioner as it is, and the recipe's judge."""
-        found: dict[str, Reward] = {}
+        """The user's own, progress and counterfactuals by the questioner as it is, and the recipe's judge."""
+        found: dict[str, Reward] = dict(self._own)
         if "questioner" in find(self.recipe.graph).roles:
             found |= {"progress": lambda episode: progress(self.seats["questioner"])(episode)}
             found |= {COUNTERFACTUAL: lambda episode: counterfactual(self.seats["questioner"])(episode)}
@@ -133,11 +133,18 @@ class Rollouts:
 
 
 def reinforce(
-    recipe: Reinforcement | Mapping[str, Any], out: str | Path, task: Task | None = None, *, resume: bool = False, **more: Any
+    recipe: Reinforcement | Mapping[str, Any],
+    out: str | Path,
+    task: Task | None = None,
+    *,
+    rewards: Mapping[str, Reward] | None = None,
+    resume: bool = False,
+    **more: Any,
 ) -> list[dict[str, Any]]:
     """Reinforces the policies that a recipe names, by playing ``task`` or, without one, from the runs that it names; writes run, curves and
     checkpoints to ``out`` and the trained policies to ``out/ROLE``. Returns the lines of ``metrics.jsonl``; ``more`` are further
-    ``TrainingArguments``. ``resume`` goes on with what a killed run left, from its beginning where it left no checkpoint.
+    ``TrainingArguments``. ``rewards`` are functions of a finished episode (``training.rewards``) to which the recipe's key ``rewards``
+    gives weights by name, as to ours. ``resume`` goes on with what a killed run left, from its beginning where it left no checkpoint.
 
     Raises RecipeError, RunError, RowError, GateError, BackendError, CodecError.
     """
@@ -145,11 +152,13 @@ def reinforce(
     main = PartialState(cpu=chosen.device == "cpu").is_main_process  # first of all: it gives each process its own device
     numbers: dict[str, Any] = {"device": chosen.device, "dtype": chosen.dtype, "lora": chosen.lora}
     learners = {role: Learner.open(source_of(chosen, role), **numbers) for role in chosen.trained}
+    if task is None and rewards:
+        raise RecipeError(f"rewards {sorted(rewards)} are given to episodes as they are played, but the recipe names runs")
     if task is None:
         return train(chosen, out, learners, None, resume=resume, **more)
     seats = seated(chosen) if main else {}  # one process plays
     try:
-        stage = Rollouts(chosen, task, seats)
+        stage = Rollouts(chosen, task, seats, rewards)
         for role in set(chosen.served) - set(chosen.trained) if main else ():
             stage.begin(role, source_of(chosen, role), fingerprint(place(source_of(chosen, role))))
         return train(chosen, out, learners, stage, resume=resume, **more)
@@ -176,4 +185,4 @@ def source_of(recipe: Reinforcement, role: str) -> str:
     named = {"questioner": recipe.questioner, "answerer": recipe.answerer}
     if role not in named:
         raise RecipeError(f"a recipe names checkpoints for {', '.join(named)}, got the role {role!r}")
-    return str(starter(role)) if named[role] == "starter" else named[role]
+    return str(starter(role, recipe.graph, recipe.task)) if named[role] == "starter" else named[role]

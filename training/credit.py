@@ -170,11 +170,11 @@ def at_turns(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def rewards(notes: Iterable[Annotation]) -> list[Annotation]:
-    """The last annotation of each name, source and place that has a value and a weight; advantages are no rewards."""
+    """The last annotation of each name, source and place that has a value and a weight; what is only told has none."""
     last = {
         (note.name, note.source, note.scope, note.span_id, note.role): note
         for note in notes
-        if note.value is not None and note.weight and note.scope != "token" and not note.name.startswith((NAME, "entropy"))
+        if note.value is not None and note.weight and note.scope != "token"
     }
     return list(last.values())
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from monologue.training.collate import Batch, Collate
-from monologue.training.gate import gate
+from monologue.training.gate import GateError, gate
 from monologue.training.objectives import Base, Experience, Part
 from monologue.training.rows import Row
 
@@ -114,6 +114,10 @@ def lessons(
         compared, facts["drift"] = gate([rows[place] for place in proven], [seen["old"][place] for place in proven], version, tolerance)
         facts["compared"] = float(compared)
     batch = _experience(rows, advantages, rewards, seen, version, truncated)
+    if not batch.mask.any():
+        cut = sum(piece.finish_reason == "length" for row in rows for piece in row.pieces)
+        told = f"nothing that {role!r} said may be learned: {cut} of its {sum(len(row.pieces) for row in rows)} replies were cut off"
+        raise GateError(f"{told} at the length limit; raise max_tokens, or truncated=true keeps them")
     weighed = objective.weigh(batch, penalty)
     masks = torch.split(batch.mask, [_sampled(row) for row in rows])
     entropy = _mean(torch.cat([seen["entropy"][place] for place in proven]), torch.cat([masks[place] for place in proven]))
@@ -172,19 +176,28 @@ def _experience(
 
 
 def deal(
-    found: Sequence[Lesson], collate: Mapping[str, Collate], minibatches: int, micro: int, share: tuple[int, int], seed: str, whole: bool
+    found: Sequence[Lesson],
+    collate: Mapping[str, Collate],
+    minibatches: int,
+    micro: int,
+    share: tuple[int, int],
+    seed: str,
+    whole: bool,
+    roles: Sequence[str],
 ) -> Iterator[Micro]:
-    """One pass over the lessons: ``minibatches`` steps, in each ``micro`` micro-batches a role for every process. ``share`` is this
-    process's number and how many there are; ``whole`` keeps idle rows. Every process deals the same cards from the same seed.
+    """One pass over the lessons: ``minibatches`` steps, in each ``micro`` micro-batches for each of ``roles`` and every process. ``share``
+    is this process's number and how many there are; ``whole`` keeps idle rows. Every process deals the same cards from the same seed. In
+    place of a role that said nothing another's row is read for nothing, so that a step has as many micro-batches as ever.
     """
     rank, world = share
     mixed = random.Random(seed).sample(list(found), len(found))
-    roles = sorted({lesson.role for lesson in mixed})
+    said = {lesson.role for lesson in mixed}
     for step in range(minibatches):
-        for role in roles:
+        for wanted in sorted(roles):
+            role = wanted if wanted in said else mixed[0].role
             mine = [lesson for lesson in mixed if lesson.role == role][step::minibatches]
             count = sum(float(lesson.part.mask.sum()) for lesson in mine)
-            live = mine if whole else [lesson for lesson in mine if not lesson.idle]
+            live = [lesson for lesson in mine if role == wanted and (whole or not lesson.idle)]
             for number in range(micro):
                 hand = live[rank + world * number :: world * micro] or [
                     _emptied(next(lesson for lesson in [*mine, *mixed] if lesson.role == role))

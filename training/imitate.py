@@ -25,7 +25,7 @@ from monologue.training.collate import Batch, Collate, sampled_logprobs
 from monologue.training.loop import RowTrainer, arguments
 from monologue.training.losses import imitation
 from monologue.training.recipe import follow
-from monologue.training.rows import Counts, Row, RowError, ordered, read_rows
+from monologue.training.rows import Counts, Row, RowError, ordered, read_rows, same_ids
 
 
 class Imitation(BaseModel):
@@ -106,9 +106,5 @@ def chosen(rows: Iterable[Row], keep: Callable[[Row], bool], role: str, tokenize
         passed = "".join(f"; passed over: {count} x {cause}" for cause, count in (counts or Counts()).skipped.items())
         advice = "look at its roles and scores with 'monologue view'; words without ids of a student's take --retokenize"
         raise RowError(f"the run has nothing of the role {role!r} to imitate{passed}; {advice}")
-    own = tokenizer_hash(tokenizer)
-    foreign = next((row for row in found if row.tokenizer_hash != own), None)
-    if foreign is not None:
-        theirs = f"episode {foreign.episode_id} holds ids of the tokenizer {foreign.tokenizer_hash[:12]}"
-        raise RowError(f"{theirs}, the model to be trained has {own[:12]}; ids of one tokenizer mean nothing to another")
+    same_ids(found, tokenizer_hash(tokenizer))
     return found

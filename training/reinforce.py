@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from monologue.backends.garbage import settled
+from monologue.backends.tokens import tokenizer_hash
 from monologue.traces.store import RunWriter, read_info
 from monologue.training import credit
 from monologue.training.collate import Batch, Collate
@@ -39,7 +41,7 @@ from monologue.training.reinforcement import Reinforcement
 from monologue.training.released import as_released
 from monologue.training.report import Report
 from monologue.training.rewards import REWARDS, Wanted
-from monologue.training.rows import Row
+from monologue.training.rows import Row, same_ids
 from monologue.training.sources import Logged, Played, Source, Stage
 
 STATE = "trainer"
@@ -65,10 +67,21 @@ def reinforce(
     if bool(recipe.runs) == (stage is not None):
         raise RecipeError("expected either runs to learn from or a stage to play on, got " + ("both" if recipe.runs else "neither"))
     process = PartialState(cpu=recipe.device == "cpu")
+    begun = {"recipe": recipe.model_dump(mode="json"), "starts": {role: learner.checkpoint.version for role, learner in learners.items()}}
     with process.main_process_first():
-        RunWriter(out, {"recipe": recipe.model_dump(mode="json")}, resume=resume or not process.is_main_process).close()
-    recipe.continues(dict(read_info(out)["config"]).get("recipe", {}), str(out))
+        RunWriter(out, begun, resume=resume or not process.is_main_process).close()
+    there = dict(read_info(out)["config"])
+    recipe.continues(there.get("recipe", {}), str(out))
+    _from(begun["starts"], there.get("starts", {}), str(out))
     return _Reinforcement(recipe, Path(out), learners, stage, more, latest(Path(out) / STATE) if resume else None).train()
+
+
+def _from(starts: Mapping[str, str], there: Mapping[str, str], out: str) -> None:
+    """Raises RecipeError where a checkpoint holds other weights than those with which the run in ``out`` was begun."""
+    for role, version in starts.items():
+        if there.get(role, version) != version:
+            told = f"the checkpoint of {role!r} holds the weights {version!r}, and the run in {out!r} was begun with {there[role]!r}"
+            raise RecipeError(f"{told}; bring those back, or begin another folder")
 
 
 class _Reinforcement:
@@ -95,6 +108,7 @@ class _Reinforcement:
                 self.policies.load(checkpoint)
             self.policies.shard()
         self.learners = self.policies.learners
+        self.ids = {role: tokenizer_hash(learner.checkpoint.tokenizer) for role, learner in learners.items()}
         self.reference = Policies({role: _again(learner, recipe) for role, learner in learners.items()}) if recipe.reference else None
         self.report = Report(out, recipe.iterations, PartialState().is_main_process)
         self.averages, self.penalties = credit.Averages(), {role: recipe.objective.penalty for role in recipe.trained}
@@ -141,7 +155,7 @@ class _Reinforcement:
             collate = {lesson.role: self._collate(lesson.role) for lesson in found}
             for number in range(recipe.passes):
                 seed = f"{recipe.seed}/{iteration}/{number}"
-                dealt = deal(found, collate, recipe.minibatches, recipe.accumulation, share, seed, whole)
+                dealt = deal(found, collate, recipe.minibatches, recipe.accumulation, share, seed, whole, recipe.active(iteration))
                 for place, micro in enumerate(dealt):
                     yield {"micro": micro, "first": place % self.trainer.args.gradient_accumulation_steps == 0}
 
@@ -160,15 +174,29 @@ class _Reinforcement:
         found: list[Lesson] = []
         for role in recipe.active(iteration):
             mine = [row for row in rows if row.role == role]
-            if not mine:
-                raise RecipeError(f"iteration {iteration} has nothing that {role!r} said; is it a seat of the graph, and trainable?")
-            found += self._lessons(role, iteration, mine, assigned.advantages, earned)
+            same_ids(mine, self.ids[role])
+            found += self._lessons(role, iteration, mine, assigned.advantages, earned) if mine else []
+        self._weighed(iteration, found)
         shown = spread(found) if recipe.objective.critic else assigned.advantages
         self.source.note(
             iteration, rows, shown, f"objective:{recipe.objective.name}" if recipe.objective.critic else f"credit:{recipe.credit}"
         )
         self.facts |= {"seconds playing": played - began, "seconds preparing": time.perf_counter() - played}
         return found
+
+    def _weighed(self, iteration: int, found: Sequence[Lesson]) -> None:
+        """Tells where an iteration teaches nothing. Raises RecipeError where nobody has said anything."""
+        active, said = self.recipe.active(iteration), {lesson.role for lesson in found}
+        if not found:
+            raise RecipeError(f"iteration {iteration} has nothing that {' or '.join(active)} said; is it a seat, and trainable?")
+        self.facts |= {self._name(role, "streams"): 0.0 for role in active if role not in said}
+        self.facts["idle"] = math.fsum(lesson.idle for lesson in found) / len(found)
+        still = self.facts["idle"] == 1 and not self.recipe.objective.critic and not self.recipe.objective.penalty
+        if still and PartialState().is_main_process:
+            told = f"all {len(found)} rows weigh nothing with the objective {self.recipe.objective.name!r}"
+            print(
+                f"monologue: iteration {iteration} teaches nothing: {told}, since their rewards do not differ or suffice", file=sys.stderr
+            )
 
     def _lessons(
         self, role: str, iteration: int, rows: Sequence[Row], advantages: Mapping[str, float], earned: Mapping[str, float]

@@ -14,6 +14,7 @@ from monologue.training.recipe import RecipeError, follow
 from monologue.training.replay import TOLERANCE
 
 Rate: TypeAlias = Annotated[float, Field(gt=0)]
+Finite: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
 PLAYING = frozenset(
     [
         "first",
@@ -101,7 +102,7 @@ class Reinforcement(BaseModel):
     """Of the episode's reward, with ``per_role``."""
     discount: float = Field(default=1.0, gt=0, le=1)
     """Of later turns' rewards, with ``turn``."""
-    rewards: dict[str, float] = {}
+    rewards: dict[str, Finite] = {}
     """Online: weights of further rewards by name, beside the task's own score."""
     judge: str = ""
     """Online: the chat model behind the reward ``judge``, PROVIDER:MODEL by LangChain's names."""

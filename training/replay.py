@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -198,7 +199,7 @@ class Replay:
 
 
 def replay(run: str | Path, engines: Engines | None = None, *, tolerance: float = TOLERANCE, calls: int | None = None) -> list[Check]:
-    """Replays a run, or its first ``calls`` calls, and returns the table of checks. ``engines`` finds a call's weights (default:
+    """Replays a run, or ``calls`` calls drawn from all of it, and returns the table of checks. ``engines`` finds a call's weights (default:
     ``Weights`` of the run).
 
     Raises RunError for a folder that is no run; whatever else is wrong is a breach in the table, with its span.
@@ -213,13 +214,26 @@ async def areplay(
     reader, found = RunReader(run), Replay(tolerance)
     own = Weights(Path(run)) if engines is None else None
     try:
-        every = islice(_recorded(reader, found), calls)
+        every = iter(drawn(_recorded(reader, found), calls))
         while some := list(islice(every, TOGETHER)):
             await asyncio.gather(*(_one(reader, engines or own, call, found) for call in some))  # type: ignore[arg-type]
     finally:
         if own is not None:
             await own.aclose()
     return found.checks()
+
+
+def drawn(every: Iterable[PolicyCall], count: int | None) -> Iterable[PolicyCall]:
+    """So many of them, each as likely as any, the same every time (a reservoir: Vitter's algorithm R); all where None."""
+    if count is None:
+        return every
+    kept, dice = list[PolicyCall](), random.Random("replay")
+    for number, call in enumerate(every):
+        if number < count:
+            kept.append(call)
+        elif (place := dice.randrange(number + 1)) < count:
+            kept[place] = call
+    return kept
 
 
 def _recorded(reader: RunReader, found: Replay) -> Iterator[PolicyCall]:

@@ -28,6 +28,14 @@ class RowError(ValueError):
     """A row that cannot be trained on as it stands."""
 
 
+def same_ids(rows: Iterable[Row], own: str) -> None:
+    """Raises RowError where a row speaks other ids than those of the tokenizer with the hash ``own``."""
+    foreign = next((row for row in rows if row.tokenizer_hash != own), None)
+    if foreign is not None:
+        theirs = f"episode {foreign.episode_id} holds ids of the tokenizer {foreign.tokenizer_hash[:12]}"
+        raise RowError(f"{theirs}, the model to be trained has {own[:12]}; ids of one tokenizer mean nothing to another")
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """What one call added to a row."""
