@@ -150,6 +150,8 @@ def test_a_run_in_nobodys_ids_is_put_into_the_students_by_the_command(
         assert main([*words, "--out", str(tmp_path / role), "--retokenize"]) == 0
         assert "12 episodes said again" in capsys.readouterr().out
         assert told(tmp_path / role / "retokenised", role) == told(taught, role)
+        assert main([*words[:4], f'run="{taught}"', *words[5:], "--out", str(tmp_path / role), "--retokenize"]) == 2
+        assert "another run" in capsys.readouterr().err, "two runs would have been mixed"
     assert main(["train", "reinforce", "reinforce", "--retokenize"]) == 2 and "never sampled" in capsys.readouterr().err
 
 

@@ -27,6 +27,7 @@ from monologue.backends.tokens import ByteTokenizer
 from monologue.graphs.controls import partners
 from monologue.graphs.oracle import Seat, oracle
 from monologue.graphs.play import aplay, play
+from monologue.graphs.registry import listed
 from monologue.graphs.state import GraphError
 from monologue.tasks.base import OracleTurn, Problem
 from monologue.tasks.shapes import Shapes
@@ -489,3 +490,8 @@ def test_the_summary_tells_the_cached_share_of_each_turn_also_after_a_resume(tmp
         halves = sum(len(call.prompt_ids) // 2 for call in calls)
         assert summary.cached() == {0: halves / sum(len(call.prompt_ids) for call in calls)}
     assert play("monologue", problems(2), oracles(), tmp_path / "other").cached() == {}
+
+
+def test_a_comma_within_a_graphs_options_does_not_begin_another_graph() -> None:
+    assert listed("direct, monologue:looks=2,caption=1 ,blind") == ["direct", "monologue:looks=2,caption=1", "blind"]
+    assert listed("monologue:looks=2,monologue") == ["monologue:looks=2", "monologue"]

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from monologue.cli import main
 from monologue.rollouts import Rollouts, seated, source_of
+from monologue.rollouts import reinforce as reinforced
 from monologue.seating import starter
 from monologue.tasks.base import Problem
 from monologue.tasks.shapes import Shapes
@@ -38,7 +39,7 @@ from monologue.training.reinforce import latest, reinforce
 from monologue.training.reinforcement import Reinforcement
 from monologue.training.released import as_released
 from monologue.training.replay import Weights
-from monologue.training.rows import read_rows
+from monologue.training.rows import RowError, read_rows
 from monologue.training.sources import Logged
 
 ROOT = Path(__file__).parent.parent
@@ -290,6 +291,59 @@ def test_a_task_with_too_few_problems_is_refused(tmp_path: Path) -> None:
     assert len(Rollouts(Reinforcement.read({**SMALL, "problems": 4}), Few(FAMILIES), {}).problems(1)) == 4, "it begins again"
 
 
+def test_a_log_in_another_tokenizers_ids_is_refused(tmp_path: Path) -> None:
+    words = ["play", "--task", "hops", "--questioner", "oracle", "--answerer", "oracle", "--split", "train", "--n", "4"]
+    assert main([*words, "--out", str(tmp_path / "hops")]) == 0
+    with pytest.raises(RowError, match="holds ids of the tokenizer"):
+        offline(tmp_path / "out", tmp_path / "hops", objective={"name": "awr"})
+
+
+def test_a_resume_from_other_weights_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(starter("questioner"), tmp_path / "start")
+    go(tmp_path / "run", questioner=str(tmp_path / "start"), iterations=1, save_every=1)
+    weights = load_file(tmp_path / "start" / "model.safetensors")
+    save_file({name: value * 1.01 for name, value in weights.items()}, tmp_path / "start" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RecipeError, match=r"'questioner' holds the weights .* was begun with"):
+        go(tmp_path / "run", questioner=str(tmp_path / "start"), iterations=2, save_every=1, resume=True)
+
+
+def test_a_role_that_says_nothing_for_an_iteration_stays_as_it_is(tmp_path: Path) -> None:
+    """With a single turn the questioner must conclude, so nobody asks the answerer."""
+    roles = ["questioner", "answerer"]
+    (line,) = go(tmp_path, trained=roles, lr=1e-3, max_turns=1, iterations=1)
+    assert line["answerer streams"] == 0.0 < line["questioner streams"]
+    assert gap(tmp_path / "questioner", starter("questioner")) > 0.0 == gap(tmp_path / "answerer", starter("answerer"))
+
+
+def test_replies_that_were_all_cut_off_are_named_as_the_cause(tmp_path: Path) -> None:
+    with pytest.raises(GateError, match=r"9 of its 9 replies were cut off at the length limit; raise max_tokens"):
+        go(tmp_path, max_tokens=1, max_turns=1, iterations=1)
+
+
+def test_an_iteration_that_teaches_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = go(tmp_path, objective={"name": "filter", "least": 9.0}, iterations=1)
+    assert line["idle"] == 1.0 and "iteration 0 teaches nothing" in capsys.readouterr().err
+
+
+def test_rewards_of_ones_own_are_given_by_name(tmp_path: Path) -> None:
+    recipe = {**SMALL, "iterations": 1, "rewards": {"entropy_of_mine": 0.5}}
+    mine = {"entropy_of_mine": lambda episode: float(len(episode.calls()))}
+    (line,) = reinforced(recipe, tmp_path, Shapes(FAMILIES), rewards=mine)
+    rows = list(read_rows(RunReader(tmp_path), ["questioner"]))
+    earned = [(row.reward("exact_match") or 0.0) + 0.5 * (row.reward("entropy_of_mine") or 0.0) for row in rows]
+    assert all(row.reward("entropy_of_mine") for row in rows) and line["reward"] == pytest.approx(sum(earned) / len(earned))
+    with pytest.raises(RecipeError, match=r"entropy_of_mine.*the recipe names runs"):
+        reinforced({"runs": [str(tmp_path)]}, tmp_path / "out", rewards=mine)
+
+
+def test_the_commands_in_the_papers_recipe_run(tmp_path: Path) -> None:
+    play = (ROOT / "training" / "recipes" / "immo.toml").read_text().splitlines()[0].removeprefix("# monologue ").split()
+    assert main([*play[: play.index("--n")], "--n", "2", "--questioner", "oracle", "--out", str(tmp_path / "corpus")]) == 0
+    assert {call.node for episode in RunReader(tmp_path / "corpus").episodes() for call in episode.calls()} == {"caption", "ask", "answer"}
+    released = ["--set", 'trained=["questioner"]', "--set", "alternate=0", "--set", "lr=3e-4", "--set", 'compat="released"']
+    assert main(["train", "reinforce", "immo", *released, "--dry-run"]) == 0
+
+
 def test_recipes_refuse_what_cannot_be_honoured(capsys: pytest.CaptureFixture[str]) -> None:
     for settings, word in (
         ({"objective": {"name": "topr", "cap": 2.0}}, "cap"),
@@ -316,6 +370,7 @@ def test_recipes_refuse_what_cannot_be_honoured(capsys: pytest.CaptureFixture[st
         ({"credit": "counterfactual", "rewards": {"counterfactual": 0.5}}, "leave it out of rewards"),
         ({"runs": ["x"], "first": 5, "split": "test", "examine": 3, "keep": 9}, "examine, first, keep, split belong to playing"),
         ({"runs": ["x"], "objective": {"name": "awr"}, "proof": 64}, "proof=64 would be ignored"),
+        ({"rewards": {"questions": math.nan}}, "finite number"),
     ):
         with pytest.raises(RecipeError, match=word):
             Reinforcement.read(settings)
@@ -323,7 +378,7 @@ def test_recipes_refuse_what_cannot_be_honoured(capsys: pytest.CaptureFixture[st
         Policies({}).shard()
     with pytest.raises(RecipeError, match="unknown rewards beauty"):
         reinforce(Reinforcement(rewards={"beauty": 1.0}), "/nowhere", {})
-    for shipped in ("reinforce", "outcome", "immo"):
+    for shipped in ("reinforce", "outcome", "offline", "immo"):
         recipe = Reinforcement.read(read_recipe(shipped))
         assert main(["train", "reinforce", shipped, "--dry-run"]) == 0
         assert json.loads(capsys.readouterr().out) == recipe.model_dump(mode="json")

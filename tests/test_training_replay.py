@@ -32,7 +32,7 @@ from monologue.traces.codes import pack_floats, pack_ids, unpack_floats, unpack_
 from monologue.traces.schema import PolicyCall
 from monologue.traces.store import RunReader
 from monologue.traces.verify import Check, verify
-from monologue.training.replay import Weights, areplay, replay
+from monologue.training.replay import Weights, areplay, drawn, replay
 
 HOT = Sampling(temperature=1.5, top_p=0.95)
 
@@ -316,3 +316,10 @@ def test_swapping_the_picture_moves_nothing_where_pixels_are_ignored(run: Path) 
     found = {check.name: check for check in asyncio.run(areplay(run, lambda call: Blind(inner(call))))}  # type: ignore[arg-type,return-value]
     assert not found["image swap"].ok and found["image swap"].span and not found["replay answerer"].ok
     assert found["replay questioner"].ok
+
+
+def test_a_proof_by_some_calls_draws_them_from_the_whole_run() -> None:
+    calls: list[Any] = list(range(1000))
+    some: list[Any] = list(drawn(calls, 64))
+    assert len(set(some)) == 64 and max(some) > 800 and some == list(drawn(calls, 64))
+    assert list(drawn(calls[:5], 64)) == calls[:5] and list(drawn(calls, None)) == calls
