@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from monologue.tasks.base import Problem
 from monologue.usage import UsageError
 
 DEFAULTS = {"split": "test", "temperature": 0.0, "top_p": 1.0, "max_tokens": 64, "max_turns": 8, "concurrency": 64}
@@ -22,7 +24,7 @@ def settle(options: argparse.Namespace, n: int) -> None:
     if options.backend == "scripted":
         _refuse(options, ("temperature", "top_p", "max_tokens"), "--backend scripted says its lines as they are")
     if own_problem_asked(options):
-        _refuse(options, ("n", "split", "families"), "an own picture is one problem")
+        _refuse(options, ("n", "split", "families", "folder"), "an own picture is one problem")
     _check_processes(options)
     _check_seats(options)
     given = options.n
@@ -55,6 +57,16 @@ def settle_latent(options: argparse.Namespace) -> None:
 def own_problem_asked(options: argparse.Namespace) -> bool:
     """Whether a picture, question or choices of the user's own were given."""
     return any(getattr(options, name, None) is not None for name in OWN)
+
+
+def check_turns(options: argparse.Namespace, problems: Sequence[Problem]) -> None:
+    """A recited dialogue is played to its end: one that was cut off would stand in the run without an answer. Raises UsageError."""
+    recited = "monologue" in options.graph.split(",") and (options.backend == "scripted" or options.questioner == "oracle")
+    longest = 1 + max(len(problem.oracle or ()) for problem in problems)
+    if recited and longest > options.max_turns:
+        raise UsageError(
+            f"the longest of these dialogues takes {longest} actions, more than {options.max_turns}; add --max-turns {longest}"
+        )
 
 
 def check_writable(file: Path | None) -> None:

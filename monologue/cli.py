@@ -1,4 +1,4 @@
-"""The command line: ``monologue play | eval | verify | view | export | import | serve | train | tasks``.
+"""The command line: ``monologue play | eval | verify | view | export | import | rewrite | serve | train | tasks``.
 
 Exit codes: 0 all went well; 1 some episodes failed, or a check did not hold; 2 bad use (one sentence says what was expected);
 130 stopped by Ctrl-C, with every finished episode kept. Errors that are nobody's fault but ours show their traceback.
@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from monologue import commands, exports, serving, stages, viewing
+from monologue import commands, exports, rewriting, serving, stages, viewing
 from monologue.asked import GRAPHS
+from monologue.tasks.corpora import CORPORA, SPLITS
 from monologue.version import __version__
 
 STAGES = ("starter", "imitate", "reinforce", "latent")
@@ -31,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     _serve(verbs.add_parser("serve", help="start SGLang servers for the policies"))
     _export(verbs.add_parser("export", help="hand a run to another tool: OTLP, Phoenix, inspect, TRL, verl, verifiers"))
     _import(verbs.add_parser("import", help="read a run back from an OTLP-JSON export"))
+    _rewrite(verbs.add_parser("rewrite", help="human rationales as dialogues to imitate, by a hosted chat model"))
     _train(verbs.add_parser("train", help="train a policy from a recipe"))
     _tasks(verbs.add_parser("tasks", help="list tasks, or show some problems of one"))
     return top
@@ -70,8 +72,13 @@ def _seats(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0)
 
 
+def _folder(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--folder", type=Path, metavar="DIR", help=f"where the files of {', '.join(sorted(commands.WITH_FOLDER))} lie")
+
+
 def _play(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--task", default="shapes", choices=sorted(commands.TASKS))
+    command.add_argument("--task", default="shapes", choices=commands.NAMES)
+    _folder(command)
     command.add_argument("--split", help="default: test")
     command.add_argument(
         "--graph", default="monologue", metavar="GRAPH", help="e.g. monologue, monologue:looks=2, latent, direct, caption, blind"
@@ -104,7 +111,8 @@ def _eval(command: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="latent: answer again with the latent steps interfered with (default: all controls), probe them, count needed patches",
     )
-    command.add_argument("--task", default="shapes", choices=sorted(commands.TASKS))
+    command.add_argument("--task", default="shapes", choices=commands.NAMES)
+    _folder(command)
     command.add_argument("--split", help="default: test")
     command.add_argument("--graph", default=GRAPHS, metavar="GRAPHS", help="names separated by commas")
     command.add_argument("--n", type=int, help="problems (default: 1000)")
@@ -196,6 +204,17 @@ def _import(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=exports.import_run)
 
 
+def _rewrite(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--task", required=True, choices=sorted(CORPORA))
+    command.add_argument("--folder", type=Path, required=True, metavar="DIR", help="where the corpus's files lie")
+    command.add_argument("--split", default="train", choices=SPLITS, help="default: train")
+    command.add_argument("--n", type=int, help="problems (default: all)")
+    command.add_argument("--model", required=True, metavar="MODEL", help="chat:PROVIDER:MODEL, by LangChain's names")
+    command.add_argument("--concurrency", type=int, default=8, metavar="N", help="rationales asked for at once (default: 8)")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of dialogues to be made, or to go on with")
+    command.set_defaults(run=rewriting.rewrite)
+
+
 def _train(command: argparse.ArgumentParser) -> None:
     told = "starter: the shipped policies, from nothing; imitate: what a role said in a run; reinforce: on outcome; "
     told += "latent: from saying its reasoning to thinking it"
@@ -216,7 +235,8 @@ def _train(command: argparse.ArgumentParser) -> None:
 
 
 def _tasks(command: argparse.ArgumentParser) -> None:
-    command.add_argument("name", nargs="?", choices=sorted(commands.TASKS))
+    command.add_argument("name", nargs="?", choices=commands.NAMES)
+    _folder(command)
     command.add_argument("--split", default="test")
     command.add_argument("--n", type=int, default=3)
     command.set_defaults(run=commands.tasks)

@@ -7,17 +7,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from monologue.asked import check_writable, own_problem_asked, settle
+from monologue.asked import check_turns, check_writable, own_problem_asked, settle
 from monologue.output import write_json
 from monologue.tables import clean, table
-from monologue.tasks.base import Problem, Task, TaskError
+from monologue.tasks.base import Problem, Task, TaskError, taken
+from monologue.tasks.corpora import CORPORA, SPLITS, Corpus
+from monologue.tasks.dialogues import Dialogues
 from monologue.tasks.hops import Hops
 from monologue.tasks.own import own_problem
 from monologue.tasks.shapes import Looks, Shapes
-from monologue.traces.images import PictureError, open_picture
+from monologue.traces.images import PictureError, decode, open_picture
 from monologue.traces.store import RunError
 from monologue.uploads import uploads
 from monologue.usage import UsageError
@@ -29,6 +32,12 @@ BACKENDS = ("transformers", "sglang", "scripted")
 CONTROLS = ("shuffle-answers", "wrong-picture")
 TASKS: dict[str, Callable[[], Task]] = {"shapes": Shapes, "looks": Looks, "hops": Hops}
 WITH_FAMILIES: dict[str, Callable[[Sequence[str]], Task]] = {"shapes": Shapes, "hops": Hops}
+WITH_FOLDER: dict[str, Callable[[Path], Task]] = {
+    "dialogues": partial(Dialogues, decode=decode),
+    **{name: partial(Corpus, name, decode=decode) for name in CORPORA},
+}
+"""Tasks whose problems lie in files of the user's."""
+NAMES = sorted((*TASKS, *WITH_FOLDER))
 
 
 def user_errors() -> tuple[type[Exception], ...]:
@@ -57,6 +66,7 @@ def play(options: argparse.Namespace) -> int:
     settle(options, 20)
     task = task_of(options)
     problems = problems_of(options, task)
+    check_turns(options, problems)
     from monologue.exports import listeners
     from monologue.live import Live
     from monologue.seating import config_of, player
@@ -87,16 +97,20 @@ def play(options: argparse.Namespace) -> int:
 
 def task_of(options: argparse.Namespace) -> Task:
     """The task that was asked for."""
-    return named_task(options.task, options.families)
+    return named_task(options.task, options.families, options.folder)
 
 
-def named_task(name: str, families: str | None) -> Task:
-    """A task, cut to the wanted families."""
-    if not families:
-        return TASKS[name]()
-    if name not in WITH_FAMILIES:
+def named_task(name: str, families: str | None, folder: Path | None = None) -> Task:
+    """A task, cut to the wanted families, or from a folder. Raises UsageError, TaskError."""
+    if families and name not in WITH_FAMILIES:
         raise UsageError(f"families belong to the tasks {' and '.join(map(repr, WITH_FAMILIES))}, not to {name!r}")
-    return WITH_FAMILIES[name](tuple(families.split(",")))
+    if folder is not None and name not in WITH_FOLDER:
+        raise UsageError(f"--folder belongs to the tasks {', '.join(map(repr, WITH_FOLDER))}, not to {name!r}; leave it out")
+    if name in WITH_FOLDER and folder is None:
+        raise UsageError(f"the task {name!r} is read from files; add --folder DIR")
+    if folder is not None:
+        return WITH_FOLDER[name](folder)
+    return WITH_FAMILIES[name](tuple(families.split(","))) if families else TASKS[name]()
 
 
 def problems_of(options: argparse.Namespace, task: Task) -> list[Problem]:
@@ -106,7 +120,7 @@ def problems_of(options: argparse.Namespace, task: Task) -> list[Problem]:
             raise UsageError("an own problem needs both --image FILE and --question TEXT, and usually --choices A B ...")
         picture = open_picture(options.image)
         return [own_problem(lambda: picture, options.question, options.choices or ())]
-    return list(task.problems(options.split, options.n, 0))
+    return taken(task, options.split, options.n)
 
 
 def new_run(graph: str) -> Path:
@@ -122,6 +136,8 @@ def kept(options: argparse.Namespace) -> str:
         return f"every finished episode is kept in {options.out}; the same command with --out {options.out} goes on from there"
     if options.verb == "eval" and options.out is not None:
         return f"every finished episode is kept in {options.out}; the same command goes on from there"
+    if options.verb == "rewrite":
+        return f"every dialogue that was written is kept in {options.out}; the same command goes on from there"
     if options.verb == "train" and options.stage in ("reinforce", "latent"):
         return "the run is kept; the same command with its --out and --resume goes on from the last checkpoint"
     return "nothing is kept" if options.verb in ("eval", "train", "play") else "nothing was changed"
@@ -215,9 +231,10 @@ def tasks(options: argparse.Namespace) -> int:
     if options.n < 1:
         raise UsageError(f"--n must be at least 1, got {options.n}")
     if options.name is None:
-        table(["task", "splits"], [[name, ", ".join(TASKS[name]().splits)] for name in sorted(TASKS)])
+        rows = [[name, ", ".join(TASKS[name]().splits), ""] for name in sorted(TASKS)]
+        table(["task", "splits", "from"], [*rows, *([name, ", ".join(SPLITS), "--folder DIR"] for name in sorted(WITH_FOLDER))])
         return 0
-    for problem in TASKS[options.name]().problems(options.split, options.n):
+    for problem in named_task(options.name, None, options.folder).problems(options.split, options.n):
         show_problem(problem)
     return 0
 

@@ -13,17 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from monologue.asked import check_turns
 from monologue.graphs.play import check_control as check
 from monologue.graphs.registry import find, listed
 from monologue.graphs.summary import Played
 from monologue.seating import config_of, player
 from monologue.tables import table
-from monologue.tasks.base import Problem, Score, Task, by_family, by_hops, summarize
+from monologue.tasks.base import Problem, Score, Task, by_family, by_hops, summarize, taken
 
 
 def evaluate_graphs(options: argparse.Namespace, task: Task, out: Path) -> list[dict[str, Any]]:
     """Plays every graph of ``options.graph``; prints the table and returns its rows."""
-    problems = list(task.problems(options.split, options.n, 0))
+    problems = taken(task, options.split, options.n)
+    check_turns(options, problems)
     graphs = listed(options.graph)
     for name in graphs:
         check(find(name), options.control)

@@ -67,6 +67,14 @@ class Task(Protocol):
         ...
 
 
+def taken(task: Task, split: str, n: int | None = None) -> list[Problem]:
+    """The first ``n`` problems of a split, at least one. Raises TaskError."""
+    found = list(task.problems(split, n, 0))
+    if not found:
+        raise TaskError(f"expected problems in the split {split!r} of task {task.name!r}, found none")
+    return found
+
+
 def exact_match(problem: Problem, answer: str | None) -> float:
     """1.0 when the answer is the gold choice, letter case and outer spaces aside."""
     if problem.gold is None:

@@ -86,7 +86,7 @@ class Corpus:
         if not files:
             raise TaskError(f"expected {split}*.jsonl or {split}*.parquet in {str(self._folder)!r}, found neither")
         for path in files:
-            yield from _lines(path) if path.suffix == ".jsonl" else _table(path)
+            yield from (record for _, record in json_lines(path)) if path.suffix == ".jsonl" else _table(path)
 
     def _problem(self, split: str, index: int, record: dict[str, Any]) -> Problem:
         where = f"{self.name}/{split}/{index}"
@@ -108,15 +108,28 @@ class Corpus:
         )
 
     def _picture(self, found: Any, where: str) -> Image.Image:
-        data, path = (found.get("bytes"), found.get("path")) if isinstance(found, dict) else (None, found)
-        if isinstance(data, str):
-            data = base64.b64decode(data)
-        if data is None:
-            place = (self._folder / str(path)).resolve()
-            if self._folder.resolve() not in place.parents or not place.is_file():
-                raise TaskError(f"expected the picture of {where} inside {str(self._folder)!r}, got {str(path)!r}")
-            data = place.read_bytes()
-        return self._decode(data, f"the picture of {where}")
+        source = picture_source(found, self._folder, where)
+        return self._decode(source if isinstance(source, bytes) else source.read_bytes(), f"the picture of {where}")
+
+
+def picture_source(found: Any, folder: Path, where: str) -> bytes | Path:
+    """The bytes of a picture that lies in its record, or the file inside the folder that the record names. Raises TaskError."""
+    data, path = (found.get("bytes"), found.get("path")) if isinstance(found, dict) else (None, found)
+    if isinstance(data, bytes):
+        return data
+    if data is not None:
+        try:
+            return base64.b64decode(data, validate=True)
+        except (TypeError, ValueError) as error:
+            raise TaskError(f"expected the picture of {where} as base64, got {data!r:.60}: {error}") from error
+    try:
+        place = (folder / str(path)).resolve()
+        there = folder.resolve() in place.parents and place.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        there = False
+    if not there:
+        raise TaskError(f"expected the picture of {where} inside {str(folder)!r}, got {str(path)[:200]!r}")
+    return place
 
 
 def _letter(answer: str) -> int:
@@ -132,16 +145,18 @@ CORPORA: dict[str, tuple[Callable[[dict[str, Any]], str], Callable[[Any], int], 
 """Rationale, index of the gold answer, and the column that names a question's family, by corpus."""
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line's object with the words that name the line. Raises TaskError."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            where = f"line {number} of {str(path)!r}"
             try:
                 record = json.loads(line.decode("utf-8"))
             except ValueError as error:
-                raise TaskError(f"line {number} of {str(path)!r} is no JSON in UTF-8: {error}") from error
+                raise TaskError(f"{where} is no JSON in UTF-8: {error}") from error
             if not isinstance(record, dict):
-                raise TaskError(f"line {number} of {str(path)!r} is no JSON object: {record!r:.80}")
-            yield record
+                raise TaskError(f"{where} is no JSON object: {record!r:.80}")
+            yield where, record
 
 
 def _table(path: Path) -> Iterator[dict[str, Any]]:
