@@ -40,6 +40,7 @@ from monologue.seating import starter
 from monologue.tasks.base import OracleTurn, Problem
 from monologue.tasks.shapes import Shapes
 from monologue.traces.store import RunReader
+from monologue.training.claims import RECIPE
 from monologue.training.imitate import imitate
 from monologue.training.recipe import read_recipe
 from monologue.training.reinforcement import Reinforcement
@@ -68,7 +69,13 @@ def first_stage(folder: Path, recipe: Reinforcement, seed: int) -> None:
     problems = list(Shapes(recipe.families.split(",")).problems("train", MONOLOGUES, 1000 + seed))
     seats = {"questioner": oracle(codec_for(tokenizer)), "answerer": answerer()}
     play("monologue", weakened(problems, USELESS, seed), seats, folder / "corpus", progress=False)
-    imitate(folder / "corpus", folder / "random", folder / "prior", role="questioner", steps=STEPS, batch=BATCH, lr=LR, seed=seed)
+    settings: dict[str, Any] = {"role": "questioner", "steps": STEPS, "batch": BATCH, "lr": LR, "seed": seed}
+    imitate(folder / "corpus", folder / "random", folder / "prior", **settings, resume=begun(folder / "prior"))
+
+
+def begun(folder: Path) -> bool:
+    """Whether a training that was killed is to go on there."""
+    return (folder / RECIPE).is_file()
 
 
 def make(arm: str, folder: Path, recipe: Reinforcement, seed: int) -> Path:
@@ -82,7 +89,8 @@ def make(arm: str, folder: Path, recipe: Reinforcement, seed: int) -> Path:
         first_stage(folder, recipe, seed)
     elif arm == "more":
         steps = recipe.iterations * recipe.steps
-        imitate(folder / "corpus", folder / "prior", folder / arm, role="questioner", steps=steps, batch=BATCH, lr=LR, seed=seed + 1)
+        settings: dict[str, Any] = {"role": "questioner", "steps": steps, "batch": BATCH, "lr": LR, "seed": seed + 1}
+        imitate(folder / "corpus", folder / "prior", folder / arm, **settings, resume=begun(folder / arm))
     else:
         begin = folder / ("random" if arm == "unprimed" else "prior")
         own = Reinforcement.read({**recipe.model_dump(exclude_unset=True), **CHANGES.get(arm, {}), "questioner": str(begin), "seed": seed})

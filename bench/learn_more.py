@@ -114,7 +114,8 @@ def padded(bench: Bench, seed: int) -> Seats:
 
         seats = {"questioner": oracle(codec_for(_tokenizer("questioner"))), "answerer": learn.answerer()}
         play("monologue", longer(), seats, folder / "corpus", progress=False)
-        imitate(folder / "corpus", starter("questioner"), folder / "policy", role="questioner", steps=150, lr=1e-3, seed=seed)
+        settings: dict[str, Any] = {"role": "questioner", "steps": 150, "lr": 1e-3, "seed": seed}
+        imitate(folder / "corpus", starter("questioner"), folder / "policy", **settings, resume=learn.begun(folder / "policy"))
 
     return {"questioner": bench.kept(seed, "padded-prior", make) / "policy", "answerer": starter("answerer")}
 
@@ -133,7 +134,8 @@ def confused(bench: Bench, seed: int) -> Seats:
 
         policy = learn.answerer()
         play("look", wrong(), {"answerer": oracle(policy.codec, policy.backend)}, folder / "corpus", progress=False)
-        imitate(folder / "corpus", starter("answerer"), folder / "policy", role="answerer", steps=300, lr=5e-4, seed=seed)
+        settings: dict[str, Any] = {"role": "answerer", "steps": 300, "lr": 5e-4, "seed": seed}
+        imitate(folder / "corpus", starter("answerer"), folder / "policy", **settings, resume=learn.begun(folder / "policy"))
 
     return {"questioner": starter("questioner"), "answerer": bench.kept(seed, "damaged-prior", make) / "policy"}
 
@@ -151,7 +153,7 @@ def one_shot(updates: int) -> Callable[[Bench, int], Seats]:
             problems = Shapes(families).problems("train", learn.MONOLOGUES, 1000 + seed)
             play("direct", problems, {"answerer": oracle(policy.codec, policy.backend)}, folder / "corpus", progress=False)
             settings: dict[str, Any] = {"role": "answerer", "steps": updates, "batch": learn.BATCH, "lr": 5e-4, "seed": seed}
-            imitate(folder / "corpus", starter("answerer"), folder / "policy", **settings)
+            imitate(folder / "corpus", starter("answerer"), folder / "policy", **settings, resume=learn.begun(folder / "policy"))
 
         return {"answerer": bench.kept(seed, f"one-shot-{updates}", make) / "policy"}
 

@@ -230,7 +230,7 @@ def _train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--only", nargs="+", metavar="STAGE", help="run these stages of the recipe only, e.g. after --start")
     command.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     command.add_argument("--retokenize", action="store_true", help="imitate: put the run's words into the ids of who is trained, first")
-    command.add_argument("--resume", action="store_true", help="reinforce, latent: go on where a run in --out was ended")
+    command.add_argument("--resume", action="store_true", help="all but starter: go on where a training in --out was ended")
     command.set_defaults(run=stages.train)
 
 

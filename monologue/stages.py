@@ -18,8 +18,8 @@ def train(options: argparse.Namespace) -> int:
         )
     if options.only and options.stage != "starter":
         raise UsageError(f"--only chooses stages of a starter policy's recipe, got it with {options.stage!r}")
-    if options.resume and options.stage not in ("reinforce", "latent"):
-        raise UsageError(f"--resume goes on with 'reinforce' and 'latent', got it with {options.stage!r}")
+    if options.resume and options.stage == "starter":
+        raise UsageError(f"--resume goes on with 'imitate', 'reinforce' and 'latent', got it with {options.stage!r}")
     stages = {"starter": train_starter, "imitate": train_imitate, "reinforce": train_reinforce, "latent": train_latent}
     return stages[options.stage](options)
 
@@ -46,7 +46,9 @@ def train_starter(options: argparse.Namespace) -> int:
 def train_imitate(options: argparse.Namespace) -> int:
     """Imitation of what a role said in a run."""
     from monologue.seating import starter
-    from monologue.training.imitate import Imitation, imitate
+    from monologue.training.claims import claim
+    from monologue.training.imitate import imitate
+    from monologue.training.imitation import Imitation
     from monologue.training.recipe import override, read_recipe
     from monologue.training.rows import KEEP
 
@@ -59,8 +61,9 @@ def train_imitate(options: argparse.Namespace) -> int:
     out = options.out or Path("runs") / f"imitate-{recipe.role}"
     facts, run = recipe.model_dump(exclude={"run", "model", "keep", "policy"}), Path(recipe.run)
     if options.retokenize:
+        claim(recipe.settled(), out, options.resume)
         run = _retokenised(run, out / "retokenised", recipe.role, source)
-    report = imitate(run, source, out, keep=KEEP[recipe.keep], **facts)
+    report = imitate(run, source, out, keep=KEEP[recipe.keep], resume=options.resume, **facts)
     first, last = (report["curve"][end]["loss"] for end in (0, -1))
     print(f"{report['rows']} rows, {report['sampled']} sampled ids, loss {first:.3f} to {last:.3f}, written to {out}")
     print(f"play:  monologue play --{recipe.role} {out}")

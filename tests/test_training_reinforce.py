@@ -30,12 +30,13 @@ from monologue.traces.schema import Annotation
 from monologue.traces.store import RunError, RunReader, RunWriter
 from monologue.traces.verify import verify
 from monologue.training.adapters import Lora
+from monologue.training.claims import latest
 from monologue.training.collate import OUTSIDE, Collate, score
 from monologue.training.gate import GateError
 from monologue.training.objectives import Grpo
 from monologue.training.policies import Learner, Policies
 from monologue.training.recipe import RecipeError, read_recipe
-from monologue.training.reinforce import latest, reinforce
+from monologue.training.reinforce import reinforce
 from monologue.training.reinforcement import Reinforcement
 from monologue.training.released import as_released
 from monologue.training.replay import Weights

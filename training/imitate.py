@@ -4,58 +4,33 @@ What is imitated is chosen by a plain function of a row: everything of an oracle
 one's own (rejection sampling). The loss falls on sampled ids as they were sampled; prompts, pictures, the other role's words and tool
 results are read but never learned. A run that cannot be trained on says why instead of training on less.
 
-The result is a checkpoint folder like any other: ``load_policy`` seats it, ``--questioner FOLDER`` plays with it.
+The result is a checkpoint folder like any other: ``load_policy`` seats it, ``--questioner FOLDER`` plays with it. A killed training goes on
+from its last checkpoint with the losses of an unbroken one, bit for bit on a CPU. Left out: weights shared out among processes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from accelerate import PartialState
+from transformers import TrainingArguments
 
-from monologue.backends.checkpoints import open_checkpoint, save_checkpoint
-from monologue.backends.inputs import Inputs
+from monologue.backends.places import UNKNOWN
 from monologue.backends.tokens import tokenizer_hash
 from monologue.traces.store import RunReader
+from monologue.training.claims import STATE, claim, latest, take
 from monologue.training.collate import Batch, Collate, sampled_logprobs
-from monologue.training.loop import RowTrainer, arguments
+from monologue.training.imitation import Imitation
+from monologue.training.loop import Loss, RowTrainer, arguments
 from monologue.training.losses import imitation
-from monologue.training.recipe import follow
+from monologue.training.policies import Learner
+from monologue.training.recipe import RecipeError
 from monologue.training.rows import Counts, Row, RowError, ordered, read_rows, same_ids
-
-
-class Imitation(BaseModel):
-    """A recipe of this stage."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    policy: Literal["imitate"] = "imitate"
-    """The stage."""
-    run: str
-    """Folder of the run to imitate."""
-    role: str
-    """Whose words."""
-    model: str = "starter"
-    """Checkpoint to begin with: a folder, a Hub name, or ``starter``."""
-    keep: Literal["all", "solved"] = "all"
-    """Which rows."""
-    steps: int = Field(300, ge=1)
-    """Optimizer steps."""
-    batch: int = Field(16, ge=1)
-    """Rows a step."""
-    lr: float = Field(1e-3, gt=0)
-    """Peak learning rate of AdamW."""
-    seed: int = 0
-    """Of the order of rows."""
-
-    @classmethod
-    def read(cls, recipe: dict[str, Any]) -> Imitation:
-        """Raises RecipeError that names the keys at fault."""
-        return follow(cls, recipe, "imitate")
 
 
 def imitate(
@@ -70,24 +45,31 @@ def imitate(
     seed: int = 0,
     keep: Callable[[Row], bool] = lambda row: True,
     dtype: str = "float32",
+    resume: bool = False,
     **more: Any,
 ) -> dict[str, Any]:
     """Trains the checkpoint ``source`` on what ``role`` said in ``run`` and writes it to ``out``; returns counts and the loss curve.
 
-    ``more`` are further ``TrainingArguments``. Raises RunError, RowError, BackendError, PictureError.
+    ``resume`` goes on with what a killed training left in ``out``, from its beginning where it left no checkpoint. ``more`` are further
+    keys of a recipe (``Imitation``) and ``TrainingArguments``. Raises RecipeError, RunError, RowError, BackendError, PictureError.
     """
-    checkpoint = open_checkpoint(str(source), device="cpu", dtype=getattr(torch, dtype))
-    inputs, reader, counts = Inputs(checkpoint), RunReader(run), Counts()
-    rows = chosen(read_rows(reader, roles=[role], counts=counts), keep, role, checkpoint.tokenizer, counts)
-
-    def loss(model: Any, found: Batch, count: float) -> torch.Tensor:
-        return imitation(sampled_logprobs(model, found, inputs.banned, plain=True), found.trained.to(model.device), count)
-
-    model = checkpoint.model.requires_grad_(True)
-    settings = arguments(Path(out), steps=steps, batch=batch, lr=lr, seed=seed, **more)
-    trainer = RowTrainer(model, rows, Collate(inputs, reader.picture), loss, settings)
-    trainer.train()
-    save_checkpoint(checkpoint, out, trainer.accelerator.unwrap_model(trainer.model))
+    own = {name: more.pop(name) for name in Imitation.model_fields.keys() & more.keys()}
+    given = {"role": role, "steps": steps, "batch": batch, "lr": lr, "seed": seed, "dtype": dtype, **own}
+    recipe, out = Imitation.read({"run": str(run), "model": str(source), **given}), Path(out)
+    settings = _settings(recipe, out, more)
+    if settings.should_save:
+        claim(recipe.settled(), out, resume)
+    reader, counts = RunReader(run), Counts()
+    learner = Learner.open(recipe.model, device=str(settings.device), dtype=recipe.dtype, lora=recipe.lora)
+    rows = chosen(read_rows(reader, roles=[role], counts=counts), keep, role, learner.checkpoint.tokenizer, counts)
+    if settings.should_save:
+        settled = recipe.settled(start=_start(learner), rows=fingerprint(rows))
+        claim(settled, out, resume)
+        take(settled, out)
+    trainer = RowTrainer(learner, rows, Collate(learner.inputs, reader.picture), _loss(learner), settings)
+    checkpoint = latest(out / STATE) if resume else None
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    learner.save(out, settings.should_save)
     report = {
         "role": role,
         "rows": len(rows),
@@ -95,8 +77,57 @@ def imitate(
         "skipped": dict(counts.skipped),
         "curve": [{"step": line["step"], "loss": line["loss"]} for line in trainer.state.log_history if "loss" in line],
     }
-    (Path(out) / "imitate.json").write_text(json.dumps(report, indent=1) + "\n")
+    if settings.should_save:
+        (out / "imitate.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _loss(learner: Learner) -> Loss:
+    def loss(model: Any, found: Batch, count: float) -> torch.Tensor:
+        logprobs = sampled_logprobs(model, found, learner.inputs.banned, plain=True)
+        return imitation(logprobs, found.trained.to(logprobs.device), count)
+
+    return loss
+
+
+def _settings(recipe: Imitation, out: Path, more: Mapping[str, Any]) -> TrainingArguments:
+    """Raises RecipeError for what cannot be honoured here."""
+    processes = PartialState(cpu=recipe.device == "cpu").num_processes
+    if recipe.batch % (recipe.accumulation * processes):
+        told = f"accumulation={recipe.accumulation} micro-batches in each of {processes} processes"
+        raise RecipeError(f"expected a batch that can be shared out evenly to {told}, got batch={recipe.batch}")
+    point = max(1, int(more.get("logging_steps", recipe.steps // 20)))
+    own = {
+        "gradient_accumulation_steps": recipe.accumulation,
+        "bf16": recipe.mixed == "bfloat16",
+        "logging_steps": point,
+        "save_strategy": "steps",
+        "save_steps": -(-recipe.save_every // point) * point,
+        "save_total_limit": 2,
+        "report_to": recipe.report_to,
+        "use_cpu": recipe.device == "cpu",
+    }
+    share = recipe.batch // (recipe.accumulation * processes)
+    found = arguments(out / STATE, steps=recipe.steps, batch=share, lr=recipe.lr, seed=recipe.seed, **{**own, **more})
+    if recipe.device not in (found.device.type, str(found.device)):
+        raise RecipeError(f"expected a device that this process can train on, {str(found.device)!r}, got device={recipe.device!r}")
+    if found.n_gpu > 1:
+        raise RecipeError(f"one process trains on one GPU, got {found.n_gpu}; start one for each by 'accelerate launch', or hide others")
+    return found
+
+
+def _start(learner: Learner) -> str:
+    """The weights to begin with, by content where that is known."""
+    return learner.checkpoint.source if learner.checkpoint.version == UNKNOWN else learner.checkpoint.version
+
+
+def fingerprint(rows: Iterable[Row]) -> str:
+    """Of everything in the rows that a step depends on."""
+    digest = hashlib.sha256()
+    for row in rows:
+        facts = [row.episode_id, row.stream, row.number, row.ids, list(row.mask), [image.sha256 for image in row.images]]
+        digest.update(json.dumps(facts).encode())
+    return digest.hexdigest()[:16]
 
 
 def chosen(rows: Iterable[Row], keep: Callable[[Row], bool], role: str, tokenizer: Any, counts: Counts | None = None) -> list[Row]:

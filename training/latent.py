@@ -17,7 +17,7 @@ import math
 import os
 import random
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,15 +33,14 @@ from monologue.backends.perception.ivtlr import LatentReasoner
 from monologue.backends.perception.modes import MODES, Mode
 from monologue.backends.perception.prompts import Prompts, prompts
 from monologue.tasks.corpora import CORPORA
+from monologue.training.claims import STATE, claim, latest, take
 from monologue.training.internalise import Lesson, Objective, internalisation
 from monologue.training.loop import StreamTrainer, arguments
 from monologue.training.muon import MuonAdamW
 from monologue.training.recipe import RecipeError, follow
-from monologue.training.reinforce import latest
 from monologue.training.starter.fit import round_weights
 
-STATE = "trainer"
-CURVE, RECIPE = "curve.jsonl", "recipe.json"
+CURVE = "curve.jsonl"
 Embed = Callable[[Any, Sequence[Lesson]], Prompts]
 
 
@@ -223,25 +222,6 @@ def internalise(
 def _settled(recipe: Latent, lessons: Any) -> dict[str, Any]:
     """What must be the same when a training goes on: its recipe, and what it learns from."""
     return {**recipe.model_dump(mode="json"), "rationales": getattr(lessons, "fingerprint", "")}
-
-
-def claim(settled: Mapping[str, Any], out: Path, resume: bool) -> None:
-    """Raises RecipeError where the folder is another training's, or where there is none to go on with."""
-    file = out / RECIPE
-    if resume and not file.is_file():
-        raise RecipeError(f"expected a training in {str(out)!r} to go on with, found none; leave --resume out")
-    if file.is_file():
-        there = json.loads(file.read_text())
-        if not resume:
-            raise RecipeError(f"{str(out)!r} holds a training already; --resume goes on with it, or name another --out")
-        if other := {key: (there.get(key, ""), value) for key, value in settled.items() if there.get(key, "") != value}:
-            raise RecipeError(f"the training in {str(out)!r} has another recipe: {other!r} (there, here)")
-
-
-def take(settled: Mapping[str, Any], out: Path) -> None:
-    """Writes down whose folder this is."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / RECIPE).write_text(json.dumps(settled, indent=1) + "\n")
 
 
 class _Training:

@@ -21,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from monologue.training.collate import Batch, Collate
+from monologue.training.policies import Learner
 from monologue.training.rows import Row
 from monologue.training.sharding import gathered, shared_out
 
@@ -41,11 +42,32 @@ class Rows(Dataset[Row]):
         return self._rows[index]
 
 
-class RowTrainer(Trainer):
+class _KeptTrainer(Trainer):
+    """``Trainer`` whose checkpoints hold a policy as we write it, adapters apart where there are any."""
+
+    keep: Callable[[Path, bool], None]
+    """Every process calls it, with whether it is the one to write."""
+    load: Callable[[Path], None]
+    """Takes up what ``keep`` wrote."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.keep(folder, self.args.should_save)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.load(Path(resume_from_checkpoint))
+
+
+class RowTrainer(_KeptTrainer):
     """``Trainer`` over rows with a loss of ours."""
 
-    def __init__(self, model: Any, rows: Sequence[Row], collate: Collate, loss: Loss, arguments: TrainingArguments, **options: Any) -> None:
-        super().__init__(model=model, args=arguments, train_dataset=Rows(rows), data_collator=lambda some: _step(collate(some)), **options)
+    def __init__(
+        self, learner: Learner, rows: Sequence[Row], collate: Collate, loss: Loss, arguments: TrainingArguments, **options: Any
+    ) -> None:
+        own: dict[str, Any] = {"train_dataset": Rows(rows), "data_collator": lambda some: _step(collate(some))}
+        super().__init__(model=learner.checkpoint.model, args=arguments, **own, **options)
+        self.keep, self.load = learner.keep, learner.load
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         self._loss = loss
@@ -60,7 +82,7 @@ class RowTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
 
-class StreamTrainer(Trainer):
+class StreamTrainer(_KeptTrainer):
     """``Trainer`` over micro-batches that are made while it trains, e.g. by playing with the weights it has just changed.
 
     Nothing is fetched ahead: a micro-batch is asked for when its step begins. Groups of parameters keep their own gradient clipping,
@@ -83,6 +105,7 @@ class StreamTrainer(Trainer):
         settings.save_only_model = sharded  # the Trainer refuses to write moments that it has not shared out itself; here we do
         super().__init__(model=model, args=settings, **options)
         settings.save_only_model = False
+        self.keep, self.load = model.save, model.load
         self.compute_loss_func = loss  # only its presence matters: losses are divided already, the loop must not divide again
         self.remove_callback(PrinterCallback)
         self._groups, self._stream, self._loss, self._sharded = groups, stream, loss, sharded
@@ -120,14 +143,6 @@ class StreamTrainer(Trainer):
             if most > 0:
                 self.optimizer.register_step_pre_hook(clip)
         return self.optimizer
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.unwrap_model(self.model).save(folder, self.args.should_save)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.accelerator.unwrap_model(self.model).load(Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._sharded:

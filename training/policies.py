@@ -66,6 +66,19 @@ class Learner:
         if main:
             save_checkpoint(self.checkpoint, folder, weights=weights)
 
+    def keep(self, folder: Path, main: bool = True) -> None:
+        """What ``save`` writes, and what a resume needs beside it."""
+        self.save(folder, main)
+        if self.adapted and main:
+            save_adapter(self.checkpoint.model, folder)
+
+    def load(self, folder: Path) -> None:
+        """What ``keep`` wrote. Raises BackendError."""
+        if self.adapted:
+            load_adapter(self.checkpoint.model, folder)
+        else:
+            take_weights(self.checkpoint.model, str(folder))
+
 
 class Policies(nn.Module):
     """Models by role, and a value head for each role with a critic."""
@@ -104,9 +117,7 @@ class Policies(nn.Module):
         if not main and not self.sharded:
             return
         for role, learner in self.learners.items():
-            learner.save(folder / role, main)
-            if learner.adapted:
-                save_adapter(learner.checkpoint.model, folder / role)
+            learner.keep(folder / role, main)
         critics = whole(self.critics.state_dict()) if self.critics else {}
         if critics and main:
             save_file(critics, folder / CRITICS)
@@ -116,10 +127,7 @@ class Policies(nn.Module):
         if self.sharded:
             return
         for role, learner in self.learners.items():
-            if learner.adapted:
-                load_adapter(learner.checkpoint.model, folder / role)
-            else:
-                take_weights(learner.checkpoint.model, str(folder / role))
+            learner.load(folder / role)
         if self.critics:
             self.critics.load_state_dict(load_file(folder / CRITICS))
 

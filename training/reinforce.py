@@ -30,6 +30,7 @@ from monologue.backends.garbage import settled
 from monologue.backends.tokens import tokenizer_hash
 from monologue.traces.store import RunWriter, read_info
 from monologue.training import credit
+from monologue.training.claims import STATE, latest
 from monologue.training.collate import Batch, Collate
 from monologue.training.experience import Lesson, Micro, deal, lessons, over, recorded, sampled, spread
 from monologue.training.gate import GateError
@@ -43,9 +44,6 @@ from monologue.training.report import Report
 from monologue.training.rewards import REWARDS, Wanted
 from monologue.training.rows import Row, same_ids
 from monologue.training.sources import Logged, Played, Source, Stage
-
-STATE = "trainer"
-"""Folder in the run of what a resume needs."""
 
 
 def reinforce(
@@ -324,19 +322,6 @@ def _wanted(recipe: Reinforcement, stage: Stage | None) -> Wanted:
     if unknown:
         raise RecipeError(f"unknown rewards {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
     return {name: (known[name], weight) for name, weight in weights.items()}
-
-
-def latest(folder: Path) -> Path | None:
-    """The last checkpoint that was written whole (its state is written last); None where there is none."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    return next((path for path in reversed(found) if _whole(path / "trainer_state.json")), None)
-
-
-def _whole(file: Path) -> bool:
-    try:
-        return bool(json.loads(file.read_text())["global_step"])
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
 
 
 def _again(learner: Learner, recipe: Reinforcement) -> Learner:
