@@ -230,6 +230,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if chosen.device != "cpu" else f"{platform.machine()}, {os.cpu_count()} cores, 1 thread"
     machine = f"{where}, torch {torch.__version__}, transformers {transformers.__version__}, {chosen.dtype}"
     command = f"python bench/latent.py --repeats {chosen.repeats} --device {chosen.device} --dtype {chosen.dtype}"
+    command += "".join(f" --configuration {one}" for one in chosen.configuration or ())
     name = "latent" if chosen.dtype == "float32" else f"latent-{chosen.dtype}"
     facts = {"name": name, "command": command, "machine": machine, "targets": TARGETS, "rows": rows, "ratio": ratio}
     (chosen.json or Path(__file__).parent / "results" / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n")

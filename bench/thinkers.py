@@ -39,6 +39,7 @@ def make(seed: int, folder: Path, n: int, hops: int) -> dict[str, Any]:
     stages = ["--set", f"steps={[explicit, *latent[:1] * (hops + 1)]}"] if longer else []
     asked = ["--families", families] if longer else []
     speaker, thinker, told = folder / "speaker", folder / "thinker", folder / f"controls-{n}.json"
+    _claimed(folder, {"seed": seed, "hops": hops})
     if not (speaker / "card.json").exists():
         command("train", "starter", "speaker", "--set", f"seed={seed}", *longer, "--out", speaker)
     if not (thinker / "card.json").exists():
@@ -47,6 +48,15 @@ def make(seed: int, folder: Path, n: int, hops: int) -> dict[str, Any]:
     if not told.exists():
         command("eval", "latent", "--controls", "--task", "hops", *asked, "--thinker", thinker, "--n", str(n), "--json", told)
     return row(seed, json.loads(told.read_text()))
+
+
+def _claimed(folder: Path, facts: dict[str, int]) -> None:
+    """What was made otherwise is not taken for this."""
+    there = folder / "made.json"
+    if there.exists() and json.loads(there.read_text()) != facts:
+        raise SystemExit(f"{folder} was made otherwise ({there.read_text().strip()}); name another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    there.write_text(json.dumps(facts) + "\n")
 
 
 def row(seed: int, told: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +71,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
     options.add_argument("--n", type=int, default=1000)
-    options.add_argument("--hops", type=int, default=SHIPPED, choices=range(1, 9), help="of the longest question")
+    options.add_argument("--hops", type=int, default=SHIPPED, choices=range(2, 7), help="of the longest question")
     options.add_argument("--out", type=Path, help="default: runs/thinkers, with the hops behind it where they are others")
     options.add_argument("--json", type=Path)
     chosen = options.parse_args()

@@ -156,7 +156,7 @@ def main() -> None:
     pairs = [] if chosen.pair else [("replies", "latent"), ("dialogue", "latent"), ("latent", "direct")]
     pairs += [(f"graph monologue, {family}", f"graph latent, {family}") for family in worlds]
     ratio = {f"{a} / {b}": spread([x / y for x, y in zip(times[a], times[b], strict=True)]) for a, b in pairs}
-    which = f"--pair runs/thinkers{len(worlds)}/{chosen.pair.name}" if chosen.pair else f"--latent {chosen.latent}"
+    which = f"--pair {chosen.pair}" if chosen.pair else f"--models {chosen.models} --latent {chosen.latent}"
     command = f"python bench/thinking.py {which} --n {chosen.n} --repeats {chosen.repeats}"
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, one thread"
     result = {"name": name, "command": command, "machine": machine, "batch": BATCH, "rows": rows, "ratio": ratio}

@@ -100,7 +100,7 @@ def main() -> None:
         pairs = zip(times["graph monologue"], times["graph latent"], strict=True)
         ratio[f"graph monologue / graph latent, {family}"] = spread([a / b for a, b in pairs])
     print(json.dumps(ratio, indent=1))
-    which = f"--pair runs/thinkers{len(worlds)}/{chosen.pair.name} " if chosen.pair else ""
+    which = f"--pair {chosen.pair} " if chosen.pair else ""
     command = f"python bench/thinking_served.py {which}--device {chosen.device} --n {chosen.n} --repeats {chosen.repeats}"
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     result = {"name": name, "command": command, "machine": machine, "together": TOGETHER, "rows": rows, "ratio": ratio}

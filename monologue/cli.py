@@ -128,7 +128,7 @@ def _verify(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", type=Path, metavar="RUN")
     command.add_argument("--json", type=Path, metavar="FILE")
     command.add_argument("--no-replay", dest="replay", action="store_false", help="do not recompute log-probs: no model is loaded")
-    command.add_argument("--calls", type=int, metavar="N", help="replay the first N calls only (default: all)")
+    command.add_argument("--calls", type=int, metavar="N", help="replay N calls drawn from the whole run (default: all)")
     command.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of log-probs in nats (default: 1e-4)")
     command.add_argument(
         "--weights", action="append", default=[], metavar="POLICY=DIR", help="where the weights of a policy, or POLICY@VERSION, lie now"

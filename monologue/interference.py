@@ -47,7 +47,8 @@ def evaluate_latent(options: argparse.Namespace, task: Task) -> int:
     rows = causal.controls(thinking, exams, names if options.controls else ("none",))
     chance = sum(1 / max(1, len(problem.choices)) for problem in problems) / len(problems)
     show(rows, chance)
-    found = {"thinker": source, "task": options.task, "chance": chance, "latents": habit.steps, "controls": rows}
+    asked = {name: getattr(options, name) for name in ("task", "families", "split")}
+    found = {"thinker": source, **asked, "chance": chance, "latents": habit.steps, "controls": rows}
     if options.controls:
         found |= {"probes": causal.probes(thinking, exams), "recall": causal.recall(thinking, exams)}
         show_states(found["probes"], found["recall"])

@@ -36,7 +36,8 @@ def train_starter(options: argparse.Namespace) -> int:
         print(json.dumps(recipe, indent=1))
         return 0
     out = options.out or Path("runs") / recipe["policy"]
-    changed = "".join(f" --set '{setting}'" for setting in options.set)
+    changed = "".join(f" --set '{setting}'" for setting in options.set) + (f" --only {' '.join(options.only)}" if options.only else "")
+    changed += f" --start {options.start}" if options.start else ""
     card = make({**recipe, "command": f"monologue train starter {options.recipe}{changed}"}, out, options.start)
     table(["examination", "score"], [[name, f"{value:.4f}"] for name, value in card["validation"].items()])
     print(f"{card['parameters']} parameters, {card['cpu_seconds']} processor seconds, written to {out}")

@@ -49,8 +49,8 @@ LETTERS = {
 """Five rows of three dots each, drawn by us so that every machine draws the same pixels."""
 ARROW = (0b000100, 0b000110, 0b111111, 0b000110, 0b000100)
 INK = (250, 250, 250)
-FAMILIES = {f"hop{hops}": hops for hops in range(1, 9)}
-"""Arrows to follow."""
+FAMILIES = {f"hop{hops}": hops for hops in range(1, 7)}
+"""Arrows to follow; six, a colour and a conclusion are the eight turns that a dialogue has by default."""
 USUAL = ("hop1", "hop2", "hop3", "hop4")
 """What the shipped policies were taught; longer ways are asked for by name."""
 ASKED = ("which", "what", "colour", "is", "hop", "hops", "after", "follows")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from monologue.traces.store import RunReader, RunWriter
 from monologue.training.internalise import Lesson, Objective, internalisation, left, lesson
 from monologue.training.latent import Latent, endless, internalise
 from monologue.training.rationales import RationaleError, of_problem, of_run
-from monologue.training.recipe import RecipeError
+from monologue.training.recipe import RecipeError, read_recipe
 from monologue.training.starter.make import save
 from monologue.training.starter.models import build_image_processor, build_speaker, build_tokenizer
 from monologue.voices import lessons_of, voice_of
@@ -352,3 +353,12 @@ def test_what_ships_is_rounded_examined_as_it_ships_and_has_a_card(
     opened, shown = open_checkpoint(str(out), device="cpu", dtype=torch.float32), capsys.readouterr().out
     assert validated(opened, out, TASK, 8) == card["validation"] and "hop4" in shown
     assert shown.endswith(f"play:  monologue play --graph latent --thinker {out} --task hops\n"), "the command plays what it was taught"
+
+
+def test_the_recipe_in_the_documents_is_the_one_that_ships() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "thinkers.md").read_text().partition("```toml\n")[2].partition("```")[0]
+    told, shipped = tomllib.loads(text), read_recipe("latent")
+    own = {"run", "task", "model", "seed", "dtype"}  # where rationales come from, and what ships
+    assert {name: value for name, value in told.items() if name not in own} == {
+        name: value for name, value in shipped.items() if name not in own
+    }

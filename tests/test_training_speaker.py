@@ -13,9 +13,11 @@ from monologue.agents.messages import Conclude, Look, Reply
 from monologue.agents.prompts import TINY
 from monologue.tasks.hops import VOCABULARY, Hops, draw_board
 from monologue.traces.images import Picture
+from monologue.training.recipe import RecipeError
 from monologue.training.starter import speaker
 from monologue.training.starter.batches import IGNORED, Batch, Words, patches
 from monologue.training.starter.fit import Curve, Stage
+from monologue.training.starter.make import hops_of
 from monologue.training.starter.models import build_image_processor, build_speaker, build_tokenizer
 
 TOKENIZER = build_tokenizer(VOCABULARY)
@@ -80,3 +82,10 @@ def test_a_few_steps_of_each_stage_learn(learner: speaker.Speaker, tmp_path: Pat
     assert set(found) == {"cells", "look-ups", "questioner", "answerer"} and all(0 <= value <= 1 for value in found.values())
     with pytest.raises(ValueError, match="sing"):
         speaker.learn(learner, Stage("sing", steps=1, batch=1), 0, curve, Hops())
+
+
+def test_families_of_a_recipe_are_one_text_and_need_not_be_there() -> None:
+    assert hops_of({}).families == Hops().families
+    assert hops_of({"families": "hop5,hop6"}).families == ("hop5", "hop6")
+    with pytest.raises(RecipeError, match=r"expected families as one text with commas, got \['hop1'\]"):
+        hops_of({"families": ["hop1"]})

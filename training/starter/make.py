@@ -62,6 +62,8 @@ def make(recipe: dict[str, Any], out: Path, start: Path | None = None) -> dict[s
     torch.set_num_threads(1)
     began = time.process_time()
     hops = recipe["policy"] == "speaker"
+    if hops:
+        hops_of(recipe)  # refused before anything is written
     bench = Bench(recipe, out, start, build_tokenizer(VOCABULARY) if hops else build_tokenizer(), Curve(out / "curve.jsonl"))
     model, scores = _MAKERS[recipe["policy"]](bench)
     processor = None if recipe["policy"] == "questioner" else build_image_processor(112, 84) if hops else build_image_processor()
@@ -144,8 +146,11 @@ _MAKERS: dict[str, Callable[[Bench], Made]] = {"answerer": _answerer, "questione
 
 
 def hops_of(recipe: dict[str, Any]) -> Hops:
-    """The world of hops, cut to the recipe's families. Raises TaskError."""
-    return Hops(recipe["families"].split(",") if recipe["families"] else None)
+    """The world of hops, cut to the recipe's families. Raises TaskError, RecipeError."""
+    families = recipe.get("families", "")
+    if not isinstance(families, str):
+        raise RecipeError(f"expected families as one text with commas, got {families!r}")
+    return Hops(families.split(",") if families else None)
 
 
 def save(model: Any, tokenizer: Any, out: Path, processor: Any | None) -> None:
