@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from monologue.commands import warn_of_uploads
+from monologue.tables import clean
 from monologue.tasks.base import OracleTurn, Problem, TaskError, taken
 from monologue.tasks.corpora import Corpus, json_lines
 from monologue.tasks.dialogues import asked_of, turns_of
@@ -67,9 +68,12 @@ def rewrite(options: argparse.Namespace) -> int:
     failed = asyncio.run(_rewrite(engine, missing, pages, options.concurrency))
     before = f"; {len(problems) - len(missing)} were there before" if len(missing) < len(problems) else ""
     print(f"{len(missing) - failed} rationales rewritten, {failed} failed{before}")
-    print(f"dialogues: {pages.file}" + (f"\nfailed:    {pages.failed}" if failed else ""))
-    told = f"--task dialogues --folder {options.out} --split {options.split} --n {len(problems) - failed}"
-    print(f"play:      monologue play {told} --backend scripted")
+    if failed:
+        print(f"failed:    {pages.failed}, the last one: {clean(_lines(pages.failed)[-1]['reason'])[:300]}")
+    if written := len(_lines(pages.file)):
+        print(f"dialogues: {pages.file}")
+        told = f"--task dialogues --folder {options.out} --split {options.split} --n {written}"
+        print(f"play:      monologue play {told} --backend scripted --out runs/corpus")
     return 1 if failed else 0
 
 

@@ -109,7 +109,9 @@ def test_what_fails_twice_is_recorded_with_its_reason_and_asked_again_by_the_sam
     out = tmp_path / "out"
     says(lambda told: '{"turns": [{"question": "", "reply": "It is the book."}]}' if "second" in told[1] else GOOD)
     assert main(words(corpus, out)) == 1
-    assert "2 rationales rewritten, 1 failed" in capsys.readouterr().out and len(Rewriter.heard) == 4
+    told = capsys.readouterr().out
+    assert "2 rationales rewritten, 1 failed" in told and "--split train --n 2" in told and len(Rewriter.heard) == 4
+    assert re.search("the last one: .*words as the question of turn 1", told)
     (failed,) = lines(out / "failed.jsonl")
     assert failed["id"] == "m3cot/train/1" and "words as the question of turn 1" in failed["reason"] and "It is the book" in failed["reply"]
     Rewriter.heard.clear()
