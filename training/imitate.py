@@ -67,8 +67,7 @@ def imitate(
         claim(settled, out, resume)
         take(settled, out)
     trainer = RowTrainer(learner, rows, Collate(learner.inputs, reader.picture), _loss(learner), settings)
-    checkpoint = latest(out / STATE) if resume else None
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.begin(latest(out / STATE) if resume else None)
     learner.save(out, settings.should_save)
     report = {
         "role": role,

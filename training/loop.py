@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from monologue.training.collate import Batch, Collate
@@ -71,6 +71,15 @@ class RowTrainer(_KeptTrainer):
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         self._loss = loss
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """Trains, on from a checkpoint where one is given. After the last step nothing is left: the ``Trainer`` would take another one."""
+        state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if checkpoint is not None and state is not None and state.global_step >= self.args.max_steps:
+            self.load(checkpoint)
+            self.state = state
+            return
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
