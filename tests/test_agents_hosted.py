@@ -31,9 +31,10 @@ from monologue.backends.base import BackendError, BackendTimeout, BackendUnavail
 from monologue.backends.tokens import ByteTokenizer
 from monologue.cli import main
 from monologue.graphs.oracle import Seat, oracle
+from monologue.retokenised import retokenise
 from monologue.tasks.shapes import Shapes
 from monologue.traces.schema import PolicyCall
-from monologue.traces.store import RunReader
+from monologue.traces.store import RunError, RunReader
 from monologue.training.gate import GateError
 from monologue.training.policies import Learner
 from monologue.training.reinforce import reinforce
@@ -150,8 +151,8 @@ def test_a_run_in_nobodys_ids_is_put_into_the_students_by_the_command(
         assert main([*words, "--out", str(tmp_path / role), "--retokenize"]) == 0
         assert "12 episodes said again" in capsys.readouterr().out
         assert told(tmp_path / role / "retokenised", role) == told(taught, role)
-        assert main([*words[:4], f'run="{taught}"', *words[5:], "--out", str(tmp_path / role), "--retokenize"]) == 2
-        assert "another run" in capsys.readouterr().err, "two runs would have been mixed"
+        with pytest.raises(RunError, match="holds another run"):  # the two would be mixed
+            retokenise(taught, tmp_path / role / "retokenised", role, load_policy(starter(role), role))
     assert main(["train", "reinforce", "reinforce", "--retokenize"]) == 2 and "never sampled" in capsys.readouterr().err
 
 
