@@ -158,7 +158,7 @@ def test_a_grown_model_says_what_its_seed_said(sight: Sight, words: Words, tmp_p
 def test_recipes_are_read_overridden_and_refused_by_name() -> None:
     recipe = recipe_file.override(recipe_file.read_recipe("questioner"), ["seed=7"])
     assert recipe["seed"] == 7 and make.stages_of(recipe)[0].steps > 0
-    with pytest.raises(make.RecipeError, match="answerer, direct, direct-plain, imitate, immo, latent, offline, outcome, questioner, reinforce"):
+    with pytest.raises(make.RecipeError, match="answerer, direct, direct-plain, imitate, immo, latent, offline, outcome, questioner"):
         recipe_file.read_recipe("nobody")
     with pytest.raises(make.RecipeError, match="speed"):
         recipe_file.override(recipe, ["speed=1"])
