@@ -61,7 +61,9 @@ def own_problem_asked(options: argparse.Namespace) -> bool:
 
 def check_turns(options: argparse.Namespace, problems: Sequence[Problem]) -> None:
     """A recited dialogue is played to its end: one that was cut off would stand in the run without an answer. Raises UsageError."""
-    recited = "monologue" in options.graph.split(",") and (options.backend == "scripted" or options.questioner == "oracle")
+    from monologue.graphs.registry import listed
+
+    recited = "monologue" in listed(options.graph) and (options.backend == "scripted" or options.questioner == "oracle")
     longest = 1 + max(len(problem.oracle or ()) for problem in problems)
     if recited and longest > options.max_turns:
         raise UsageError(
