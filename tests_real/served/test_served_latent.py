@@ -14,11 +14,11 @@ from monologue.backends.perception.ivtlr import Asked, LatentReasoner, Mode, pro
 from monologue.backends.sampling import log_distribution
 from monologue.backends.serving.latent import Thinking, environment
 from monologue.backends.serving.launch import Server
-from tests_real.served.kit import Start, flush, post
+from tests_real.served.kit import CLOSE, Start, flush, post
 
 THINKING = Thinking(id=139, after=(5,), steps=3)
 PLAIN = Sampling(temperature=1.0)
-CLOSE, WORDS = 1e-4, 8
+WORDS = 8
 PROMPTS = [[1, 40, 55, 60, 5], [1, 33, 44], [1, 90, 91, 92, 93, 94, 95, 5], [5], [1, 50, 5, 66, 67]]
 """The second and the last do not think: no thought follows what has been said since."""
 Reply = tuple[list[int], list[float]]

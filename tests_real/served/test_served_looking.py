@@ -32,10 +32,8 @@ from monologue.seating import starter
 from monologue.tasks.hops import Hops
 from monologue.training.starter.models import build_tokenizer
 from tests import tiny_models as tiny
-from tests_real.served.kit import Start, flush, post
+from tests_real.served.kit import CLOSE, Start, flush, post
 
-CLOSE = 3e-4
-"""Nats; two engines in float32 were 1.04e-4 apart once. Which patches are chosen is compared as such."""
 PLAIN = Sampling(temperature=1.0)
 NOTHING: Mapping[str, str] = {}
 Reply = tuple[list[int], list[float]]
