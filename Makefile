@@ -28,8 +28,11 @@ demo: .venv/installed
 demo-latent: .venv/installed
 	$(BIN)/monologue play --task hops --graph latent:percent=0 --families hop2,hop3,hop4 --n 3 --live --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
+# Two processes, a file's tests in one of them.
+TESTS := $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
 test: .venv/dev
-	$(BIN)/python -m pytest -q
+	$(TESTS)
 
 # Against real programs; each is installed by its own script into an environment of its own.
 test-real: test-sglang test-phoenix test-trainers test-page
@@ -70,7 +73,7 @@ check: .venv/dev links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(TESTS)
 
 clean:
 	rm -rf .venv .venv-* .links build *.egg-info runs
