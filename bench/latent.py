@@ -6,8 +6,8 @@ Both answer the same random questions about random pictures (100 visual tokens, 
 random weights, in float32 or in bfloat16 (in which the released script opens its model): the released code from the user's checkout, one
 question at a time as it asserts, with the eager attention that it needs; the engine one at a time and 32 at a time, in ``reference`` mode
 (the same work) and in ``ours``. ``products`` is no engine: the decoder's weights are multiplied with as many rows as the batched engine
-reads, and nothing else is done, so on a machine that computes all the time no engine that reads each position once can be faster. Arms take
-turns within a repeat.
+reads, and nothing else is done, so on a machine that computes all the time the engine cannot be faster than this. Arms take turns within
+a repeat.
 Figures a question: median, least and most over repeats of wall and processor seconds; token-positions as layer 0 sees them; peak memory of
 a call is how far the resident set grew, each arm in a process of its own (on a GPU: what was allocated). It can lose: what a batch wins
 depends on how idle one question leaves the machine.
@@ -91,15 +91,19 @@ def reasoning(base: Any, mode: Mode, batch: int, vocabulary: int, device: str) -
 def multiplying(base: Any, batch: int, device: str) -> Callable[[int], None]:
     """Only the matrix products of ``batch`` answers."""
     decoder, head = base.model.language_model, base.lm_head.weight
-    weights = [one.weight for one in decoder.layers.modules() if isinstance(one, torch.nn.Linear)]
+    *before, last = decoder.layers
+    weights = [one.weight for layer in (*before, last.self_attn) for one in layer.modules() if isinstance(one, torch.nn.Linear)]
+    ending = [one.weight for one in last.mlp.modules() if isinstance(one, torch.nn.Linear)]  # of a block only the last place is read on
     blocks = [WORDS + GRID**2 + 2, *[K + 1] * STEPS, *[1] * (SPOKEN - 1)]  # places a lane, read one block after another
-    wides, kind = {w.shape[1] for w in weights}, {"device": device, "dtype": base.dtype}
+    wides, kind = {w.shape[1] for w in (*weights, *ending)}, {"device": device, "dtype": base.dtype}
     given = {(rows, wide): torch.ones(batch * rows, wide, **kind) for rows in {*blocks, 1} for wide in wides}
 
     def answer(seed: int) -> None:
         for places in blocks:
             for weight in weights:
                 torch.nn.functional.linear(given[places, weight.shape[1]], weight)
+            for weight in ending:
+                torch.nn.functional.linear(given[1, weight.shape[1]], weight)
         for _ in range(SPOKEN):
             torch.nn.functional.linear(given[1, head.shape[1]], head)
 

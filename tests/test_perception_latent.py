@@ -119,6 +119,42 @@ def test_words_fed_one_by_one_are_predicted_as_those_read_at_once(models: dict[s
             assert close(reasoner.hear(again, SAID[:, place]), logits[:, place + 1])
 
 
+def test_the_last_layer_computes_the_ends_of_blocks_and_words_alone(models: dict[str, Any]) -> None:
+    rows, layers = list[tuple[int, int]](), decoder(models["qwen2"]).layers
+    counting = [layer.mlp.gate_proj.register_forward_hook(lambda _, given, __: rows.append(given[0].shape[:2])) for layer in layers]
+    run(models["qwen2"], MODES["ours"], ragged("qwen2"), 2)
+    for hook in counting:
+        hook.remove()
+    *_, (_, words) = rows
+    assert [length for _, length in rows[len(layers) - 1 :: len(layers)]] == [1, 1, 1, words]
+    assert all(length > 1 for _, length in rows[:: len(layers)])
+    assert not any(layer.mlp._forward_hooks or layer.mlp._forward_pre_hooks for layer in layers)
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_what_is_kept_is_not_copied_for_every_word_and_can_be_read_on_with_gradients(inference: bool) -> None:
+    model = tiny.exact(tiny.seeing_model("qwen2"))
+    reasoner, given = LatentReasoner(model, MODES["ours"]), prompts(model, ragged("qwen2"))
+    said = torch.cat([SAID, SAID[:, 3:], SAID[:, :1]], dim=1)
+    wanted = reasoner.read(reasoner.think(given, 2), said)
+    with torch.inference_mode(inference), torch.no_grad():
+        thoughts = reasoner.think(prompts(model, ragged("qwen2")), 2)
+        places = set()
+        for place in range(2):
+            reasoner.hear(thoughts, SAID[:, place])
+            places.add(thoughts.reader.cache.layers[0].keys.data_ptr())
+        assert len(places) == 1
+        logits = reasoner.hear(thoughts, SAID[:, 2])
+    assert close(logits, wanted[:, 3])
+    if not inference:  # what was made for inference alone takes no part in a graph
+        kept = thoughts.reader.cache.layers[0].keys.clone()
+        (logits := reasoner.hear(thoughts, SAID[:, 3])).sum().backward()  # type: ignore[no-untyped-call]
+        assert any(weight.grad is not None and bool(weight.grad.any()) for weight in decoder(model).layers[0].parameters())
+        assert torch.equal(thoughts.reader.cache.layers[0].keys[:, :, :-1], kept)
+        with torch.no_grad():
+            assert close(logits, wanted[:, 4]) and close(reasoner.hear(thoughts, SAID[:, 3]), wanted[:, 5])
+
+
 def test_lanes_that_have_ended_stay_as_they_are_while_others_go_on(models: dict[str, Any]) -> None:
     reasoner = LatentReasoner(models["qwen2"], MODES["ours"])
     _, logits = run(models["qwen2"], MODES["ours"], ragged("qwen2"), 1)

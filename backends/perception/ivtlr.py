@@ -82,7 +82,7 @@ class LatentReasoner:
             embeds = self.model.get_input_embeddings()(ids[:, :-1])
             places = onward(thoughts.following, there[:, :-1]).expand(thoughts.reader.axes, -1, -1)
             block = text(embeds, there[:, :-1], places, blind=self.mode.bottleneck != "off")
-            hidden = torch.cat([hidden, thoughts.reader.read(block)[0]], dim=1)  # (B, T, D)
+            hidden = torch.cat([hidden, thoughts.reader.read(block)], dim=1)  # (B, T, D)
         return self.say(hidden)
 
     def hear(self, thoughts: Thoughts, ids: Tensor, going: Tensor | None = None) -> Tensor:
@@ -90,7 +90,7 @@ class LatentReasoner:
         valid = torch.ones_like(ids, dtype=torch.bool) if going is None else going
         places = thoughts.following[:, None].expand(thoughts.reader.axes, -1, -1)  # (P, B, 1)
         block = text(self.model.get_input_embeddings()(ids[:, None]), valid[:, None], places, blind=self.mode.bottleneck != "off")
-        hidden = thoughts.reader.read(block)[0][:, 0]
+        hidden = thoughts.reader.read(block)[:, 0]
         thoughts.last = torch.where(valid[:, None], hidden, thoughts.last)
         thoughts.following = thoughts.following + valid.long()
         return self.say(thoughts.last)

@@ -1,8 +1,8 @@
 """Reading a batch block by block: the prompt, then each latent step, then words, every position seeing what came before it.
 
 A reader keeps keys and values (``cached``), which also serves training, because a cache that is concatenated carries gradients: one
-differentiable pass over every position once. Uncached, it runs all blocks again for each new one, as the released code does; that is
-four times the work and the same numbers, and exists to prove just that.
+differentiable pass over every position once. Uncached, it runs all blocks again for each new one, as the released code does, and spares
+nothing (``sparing``); that is four times the work and the same numbers, and exists to prove just that.
 
 Lanes are ragged: a block's places that are not ``valid`` are seen by nobody. Masks are four-dimensional and ours, so padding, hidden
 pictures and causality are one rule, the same for every family.
@@ -12,15 +12,17 @@ Shapes: B lanes, L places of a block, S places so far, P position axes (1, or 3 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache
 
 from monologue.backends.base import BackendError
 from monologue.backends.perception.attended import Row, through
+from monologue.backends.perception.sparing import Kept, ends
 
 SCALES = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 """Settings by which a family changes what its last layer says (Granite, Cohere, Gemma 2)."""
@@ -107,37 +109,56 @@ class Reader:
         if cached and model.training and any(getattr(layer, "gradient_checkpointing", False) for layer in self._model.layers):
             raise ValueError("gradient checkpointing drops keys and values; turn it off, or think(..., cached=False)")
         self._plain = self._model.config._attn_implementation != "eager"  # the eager function knows no causality but a mask's
-        self.cache: Any = DynamicCache() if cached else None
+        self.cache: Any = Cache(layer_class_to_replicate=Kept) if cached else None
         self._read: Block | None = None
 
     @property
     def axes(self) -> int:
         """P."""
-        assert self._read is not None
-        return len(self._read.positions)
+        return len(self._whole.positions)
 
-    def read(self, block: Block, *, row: bool = False, graph: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Last hidden states (B, L, D), and with ``row`` the attention (B, S) of each lane's last valid place, hidden pictures weighed,
-        with ``graph`` differentiable.
+    def read(self, block: Block) -> Tensor:
+        """Last hidden states (B, L, D)."""
+        fed, offset = self._join(block)
+        return self._run(fed, offset, Row(None, None))[:, -block.valid.shape[1] :]
+
+    def arrive(self, block: Block, *, row: bool = False, graph: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Last hidden state (B, D) of each lane's last valid place, and with ``row`` the attention (B, S) of that place, hidden pictures
+        weighed, with ``graph`` differentiable.
         """
+        fed, offset = self._join(block)
+        seen: Tensor = self._whole.valid
+        keys = torch.arange(seen.shape[1], device=seen.device)
+        at = block.last + seen.shape[1] - block.valid.shape[1]  # (B,)
+        asked = Row(at - offset, seen & (keys <= at[:, None]), graph) if row else Row(None, None)
+        with nullcontext() if self.cache is None else ends(self._model.layers[-1], at - offset):
+            hidden = self._run(fed, offset, asked)
+        return hidden[torch.arange(len(at), device=at.device), at - offset], asked.weights if row else None
+
+    @property
+    def _whole(self) -> Block:
+        assert self._read is not None
+        return self._read
+
+    def _join(self, block: Block) -> tuple[Block, int]:
+        """Behind what was read: what is to be fed, and its first place."""
         new = block if self.cache is None else block.bare()
-        self._read = whole = new if self._read is None else self._read.then(new)
-        length = block.valid.shape[1]
-        start = whole.valid.shape[1] - length
-        fed, offset = (whole, 0) if self.cache is None else (block, start)
-        at = block.last + start  # (B,)
-        keys = torch.arange(start + length, device=at.device)
-        asked = Row(at - offset, whole.valid & (keys <= at[:, None]), graph) if row else Row(None, None)
+        self._read = new if self._read is None else self._read.then(new)
+        return (self._read, 0) if self.cache is None else (block, self._read.valid.shape[1] - block.valid.shape[1])
+
+    def _run(self, fed: Block, offset: int, asked: Row) -> Tensor:
+        plain = self._plain and _causal(self._whole, offset)
         with through(self._model.config, asked) as more:
             out = self._model(
                 inputs_embeds=fed.embeds,
-                attention_mask=None if self._plain and _causal(whole, offset) else _mask(whole, offset, fed.embeds.dtype),
+                attention_mask=None if plain else _mask(self._whole, offset, fed.embeds.dtype),
                 position_ids=fed.positions[0] if len(fed.positions) == 1 else fed.positions,
                 past_key_values=self.cache,
                 use_cache=self.cache is not None,
                 **more,
             )
-        return out.last_hidden_state[:, -length:], asked.weights if row else None
+        hidden: Tensor = out.last_hidden_state
+        return hidden
 
 
 def _causal(whole: Block, offset: int) -> bool:

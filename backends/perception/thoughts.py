@@ -183,9 +183,8 @@ class Thinking:
         """Moves every lane that has something in the block to its last valid place there."""
         if not block.valid.shape[1]:
             return
-        hidden, weights = self._reader.read(block, row=row, graph=self._mode.choice == "through")
-        lanes = torch.arange(len(hidden), device=hidden.device)
-        self._state = torch.where(block.valid.any(1, keepdim=True), hidden[lanes, block.last], self._state)
+        state, weights = self._reader.arrive(block, row=row, graph=self._mode.choice == "through")
+        self._state = torch.where(block.valid.any(1, keepdim=True), state, self._state)
         if weights is not None:
             self._scores = weights.gather(1, self._given.spots.clamp(min=0)).masked_fill(~self._given.there, 0.0)  # (B, J)
 
