@@ -77,7 +77,7 @@ class Batcher(Generic[Job, Result]):
         self._max_batch, self._max_tokens = max_batch, max_tokens
         self._queue: deque[Ticket[Job, Result]] = deque()
         self._running: list[Ticket[Job, Result]] = []
-        self._last = 1  # size of the last batch
+        self._last: dict[type, int] = {}  # size of the last batch of each type
         self._arrived = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -130,7 +130,7 @@ class Batcher(Generic[Job, Result]):
             with self._arrived:
                 self._running = self._take()
                 if self._running:
-                    self._last = len(self._running)
+                    self._last[type(self._running[0].job)] = len(self._running)
                     return self._running
         return []
 
@@ -145,7 +145,9 @@ class Batcher(Generic[Job, Result]):
 
     def _gather(self) -> None:
         """Waits while requests keep coming: a lone caller one window, many callers up to eight, which fuller batches pay back."""
-        patience = self._window * min(8, max(1, self._last // 4))
+        with self._arrived:
+            last = self._last.get(type(self._queue[0].job), 1) if self._queue else 1
+        patience = self._window * min(8, max(1, last // 4))
         for _ in range(10):
             seen = len(self._queue)
             if seen >= self._max_batch:
