@@ -78,6 +78,11 @@ class Habit:
         """Most places that thoughts take between prompt and reply."""
         return self.steps * ((self.mode.thought != "none") + (self.mode.k if self.mode.patches != "none" else 0))
 
+    def check(self, words: int) -> None:
+        """Raises BackendError where ``think`` is none of a model's ``words`` ids."""
+        if self.think is not None and self.think >= words:
+            raise BackendError(f"expected a 'think' in {FILE} from 0 to {words - 1}, an id of the model's vocabulary, got {self.think!r}")
+
     def admit(self, images: Sequence[ImageFacts]) -> None:
         """Raises RequestRefused for a prompt over which this habit cannot be followed, before it is in a batch with others."""
         seen, wanted = sum(image.placeholder_count for image in images), self.steps * self.mode.k
@@ -105,6 +110,7 @@ class Thinker:
     def __init__(self, model: Any, banned: Sequence[int], habit: Habit, tokenizer: Any) -> None:
         if habit.mode.patches == "random":
             raise BackendError("a policy with random patches is a control and cannot be replayed; seat one that chooses")
+        habit.check(int(model.get_input_embeddings().num_embeddings))
         self._banned, self._habit, self._tokenizer = tuple(banned), habit, tokenizer
         self._silent = self._banned if habit.think is None else (*self._banned, habit.think)
         self._reasoner = LatentReasoner(model, habit.mode)

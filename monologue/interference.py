@@ -41,6 +41,7 @@ def evaluate_latent(options: argparse.Namespace, task: Task) -> int:
         raise UsageError(f"unknown controls {unknown!r} for this thinker; choose from {', '.join(fitting)}")
     checkpoint = open_checkpoint(source, device="cpu", dtype=torch.float32)
     inputs = Inputs(checkpoint)
+    habit.check(inputs.vocabulary)
     problems = list(task.problems(options.split or "test", options.n or 1000, 0))
     exams = exams_of(checkpoint, inputs, problems)
     thinking = causal.Thinking(LatentReasoner(checkpoint.model, habit.mode), habit, inputs.banned, options.seed)

@@ -83,6 +83,13 @@ def test_a_habit_that_a_server_cannot_follow_is_refused(mode: Mode) -> None:
         Thinking.of(Habit(mode, 2), open_config(str(starter("thinker"))), after=(5,), room=12)
 
 
+def test_a_server_is_not_told_to_wait_for_a_word_that_its_model_does_not_have() -> None:
+    """The ids behind its vocabulary are thoughts there."""
+    config = open_config(str(starter("thinker")))
+    with pytest.raises(BackendError, match="of the model's vocabulary, got 61"):
+        Thinking.of(Habit(Mode(), 2, think=61), config, after=(5,), room=12)
+
+
 def test_thoughts_are_told_from_words_and_words_are_no_more_than_were_asked_for() -> None:
     thoughts = (103, 101, 100, 119, 120, 100)
     found = STEPS.apart(said(*thoughts, 7, 8, 2, weights=(("v0", 0, 7), ("v1", 7, 9))), SAMPLING)

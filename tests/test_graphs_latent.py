@@ -3,6 +3,8 @@
 import asyncio
 import dataclasses
 import json
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,19 @@ def test_a_habit_of_other_types_is_refused(tmp_path: Path, habit: str) -> None:
     (tmp_path / "latent.json").write_text(habit)
     with pytest.raises(BackendError, match="a whole number from 0"):
         Habit.load(tmp_path)
+
+
+def test_a_think_word_outside_of_the_vocabulary_is_refused_when_the_thinker_is_opened(
+    thinker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Played or examined; nothing is written."""
+    strange = shutil.copytree(thinker, tmp_path / "strange")
+    Habit(Mode(k=3), 2, think=999).save(strange)
+    for words in (["eval", "latent", "--json", "found.json"], ["play", "--graph", "latent", "--out", "run"]):
+        place = str(tmp_path / words[-1])
+        assert main([*words[:-1], place, "--task", "hops", "--thinker", str(strange), "--n", "2"]) == 2
+        assert re.search(r"expected a 'think' in latent.json from 0 to \d+, .*got 999", capsys.readouterr().err)
+        assert not Path(place).exists()
 
 
 GREEDY = Sampling(temperature=0.0, max_tokens=2)

@@ -75,7 +75,7 @@ class Thinking:
     def of(cls, habit: Habit, config: Any, after: Sequence[int], room: int) -> Thinking:
         """As a checkpoint with this configuration was taught, its thoughts named by ids behind its vocabulary.
 
-        Raises ValueError for a habit that a server cannot follow.
+        Raises ValueError for a habit that a server cannot follow, BackendError for one that the model cannot.
         """
         mode = habit.mode
         wanted = {"thought": "state", "selects": "row", "positions": "mrope", "bottleneck": "off", "arrangement": "raster", "reuse": False}
@@ -84,6 +84,7 @@ class Thinking:
             raise ValueError(f"a server does not take latent steps with {', '.join(strange) or 'random patches'}; they run in process")
         k = 0 if mode.patches == "none" else mode.k
         first = int(config.get_text_config().vocab_size)
+        habit.check(first)
         return cls(first, tuple(after), habit.steps, k, mode.order == "patches-first", room if k else 0, habit.think)
 
     def flags(self, config: Any) -> tuple[str, ...]:
