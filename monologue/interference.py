@@ -52,7 +52,7 @@ def evaluate_latent(options: argparse.Namespace, task: Task) -> int:
     found = {"thinker": source, **asked, "chance": chance, "latents": habit.steps, "controls": rows}
     if options.controls:
         found |= {"probes": causal.probes(thinking, exams), "recall": causal.recall(thinking, exams)}
-        show_states(found["probes"], found["recall"])
+        show_states(found["probes"], found["recall"], exams)
     if options.json:
         write_json(options.json, found)
     return 0
@@ -90,12 +90,23 @@ def show(rows: Sequence[dict[str, Any]], chance: float) -> None:
     table(["latent steps", "n", "accuracy", "± stderr", "chance", ""], lines)
 
 
-def show_states(probes: Sequence[dict[str, Any]], recall: Sequence[dict[str, Any]]) -> None:
-    """What states hold, and what was read again."""
+def show_states(probes: Sequence[dict[str, Any]], recall: Sequence[dict[str, Any]], exams: Sequence[Any]) -> None:
+    """What states hold, or why that cannot be told, and what was read again."""
     states = sorted({row["state"] for row in probes})
     found = {(row["state"], row["finding"]): f"{row['accuracy']:.3f}" for row in probes}
     findings = sorted({row["finding"] for row in probes})
-    table(["probe", *(f"finding {j}" for j in findings)], [[f"state {i}", *(found[i, j] for j in findings)] for i in states])
+    if probes:
+        table(["probe", *(f"finding {j}" for j in findings)], [[f"state {i}", *(found.get((i, j), "-") for j in findings)] for i in states])
+    else:
+        print(unprobed(exams))
     if recall:
         lines = [[str(row["step"]), f"{row['at']:.3f}", f"{row['by']:.3f}", f"{row['draw']:.3f}"] for row in recall]
         table(["step", "its needed patch read at it", "or before", "a fair draw"], lines)
+
+
+def unprobed(exams: Sequence[Any]) -> str:
+    """Why no probe was fitted."""
+    from monologue.training.causal import LEAST
+
+    told = sum(bool(one.gists) for exam in exams for one in exam.lessons)
+    return f"no probes: expected {LEAST} or more problems that say what a step finds, each with that step taken, got {told} that say so"

@@ -23,6 +23,7 @@ from monologue.graphs.oracle import Seat, oracle
 from monologue.graphs.play import play
 from monologue.graphs.registry import find
 from monologue.graphs.state import GraphError
+from monologue.interference import show_states
 from monologue.tasks.hops import VOCABULARY, Hops
 from monologue.traces import names
 from monologue.traces.page.detail import detail
@@ -211,11 +212,22 @@ def test_the_command_examines_any_thinker(thinker: Path, tmp_path: Path, capsys:
     assert main([*words, "--json", str(tmp_path / "found.json")]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["controls"][0]["control"] == "none" and len(found["recall"]) == 2
-    assert "shuffled" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "shuffled" in told and found["probes"] == []
+    assert "no probes: expected 20 or more problems that say what a step finds, each with that step taken, got 8" in told
     assert main(["eval", "latent", "--controls", "--thinker", str(thinker), "--graph", "direct"]) == 2
     assert main(["eval", "latent", "--temperature", "1", "--thinker", str(thinker)]) == 2
     assert main(["eval", "latent", "--concurrency", "3", "--thinker", str(thinker)]) == 2
     assert main(["eval", "--controls"]) == 2
+
+
+def test_probes_that_not_all_states_and_findings_have_are_shown_with_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+    """A step may be taken by 20 problems of which fewer say what it finds."""
+    show_states([{"state": 1, "finding": 1, "accuracy": 0.5}, {"state": 2, "finding": 2, "accuracy": 0.25}], [], [])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()][3:5] == [
+        ["state", "1", "0.500", "-"],
+        ["state", "2", "-", "0.250"],
+    ]
 
 
 def test_policies_that_do_not_think_have_no_thoughts(thinker: Path) -> None:
