@@ -48,6 +48,12 @@ def settle_latent(options: argparse.Namespace) -> None:
         raise UsageError(f"{why}, so --graph cannot be honoured; leave that out")
     if options.backend != "transformers" or options.processes != 1:
         raise UsageError("eval latent takes latent steps in this process; leave --backend and --processes out")
+    if options.thinker == "oracle" or options.thinker.startswith(("http://", "https://", "chat:")):
+        wanted = "--thinker is 'starter' or a folder that 'monologue train latent' wrote"
+        raise UsageError(
+            f"eval latent interferes with states, which an oracle, a server or a hosted model does not show: {wanted}, "
+            f"got {options.thinker!r}"
+        )
     if options.task == "shapes" and options.thinker == "starter":
         raise UsageError("the shipped thinker knows the world of hops; add --task hops, or name another --thinker")
     if options.n is not None and options.n < 2:

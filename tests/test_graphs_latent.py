@@ -230,6 +230,13 @@ def test_probes_that_not_all_states_and_findings_have_are_shown_with_a_dash(caps
     ]
 
 
+@pytest.mark.parametrize("named", ["oracle", "http://127.0.0.1:30000", "https://host", "chat:openai:gpt-5-mini"])
+def test_what_shows_no_states_is_not_examined_as_a_thinker(named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "latent", "--task", "hops", "--thinker", named]) == 2
+    told = capsys.readouterr().err
+    assert "--thinker is 'starter' or a folder that 'monologue train latent' wrote" in told and repr(named) in told
+
+
 def test_policies_that_do_not_think_have_no_thoughts(thinker: Path) -> None:
     policy = load_policy(thinker, "answerer")
     assert isinstance(policy, Policy) and policy.backend.facts.engine == "transformers"
