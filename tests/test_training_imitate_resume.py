@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from monologue import imitate, solved, starter
 from monologue.cli import main
+from monologue.traces.images import PictureError
 from monologue.training.claims import latest
 from monologue.training.imitate import fingerprint
 from monologue.training.imitation import Imitation
@@ -172,6 +173,20 @@ def test_a_folder_with_other_work_in_it_is_refused_and_stays_as_it_was(oracle: P
     with pytest.raises(RecipeError, match="'policy'"):
         imitate(oracle, starter("questioner"), tmp_path / "latent", **SMALL, resume=True)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_an_imitation_that_failed_before_its_first_checkpoint_leaves_the_folder_to_the_mended_one(oracle: Path, tmp_path: Path) -> None:
+    small, run, out = {**SMALL, "role": "answerer"}, shutil.copytree(oracle, tmp_path / "run"), tmp_path / "out"
+    shutil.rmtree(run / "images")
+    with pytest.raises(PictureError):
+        imitate(run, starter("answerer"), out, **small)
+    assert not out.exists()
+    imitate(oracle, starter("answerer"), out, **small)
+    for left in (out / "trainer").iterdir():
+        shutil.rmtree(left)
+    with pytest.raises(PictureError):
+        imitate(run, starter("answerer"), out, **small, resume=True)
+    assert {"recipe.json", "model.safetensors"} <= {file.name for file in out.iterdir()}, "a resumed one keeps its claim"
 
 
 def test_micro_batches_change_no_step_and_have_to_fill_it(oracle: Path, tmp_path: Path) -> None:

@@ -280,6 +280,23 @@ def test_a_recipe_that_failed_at_once_leaves_its_folder_to_the_mended_one(speake
     assert trained(Latent.read(recipe), speaker, tmp_path)
 
 
+def test_data_that_are_refused_at_a_loss_leave_the_folder_as_it_was(speaker: Path, tmp_path: Path) -> None:
+    """The first rationale fits, one in its batch does not; what lay in the folder before stays, and so does what a killed training left."""
+    recipe, mended = ({**FAST, "families": "hop2,hop3", "partial": partial} for partial in (False, True))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").write_text("mine")
+    for out in (tmp_path / "new", tmp_path / "used"):
+        with pytest.raises(RecipeError, match="give 4 entries"):
+            trained(Latent.read(recipe), speaker, out)
+    assert [file.name for file in tmp_path.rglob("*")] == ["used", "notes.txt"], "nothing half-made"
+    assert trained(Latent.read(mended), speaker, tmp_path / "new")
+    assert trained(Latent.read({**mended, "steps": [1, 1, 1]}), speaker, tmp_path / "used")
+    assert (tmp_path / "used" / "notes.txt").read_text() == "mine"
+    with pytest.raises(KeyboardInterrupt):
+        trained(Latent.read(mended), speaker, tmp_path / "killed", dies_after=4)
+    assert {file.name for file in (tmp_path / "killed").iterdir()} >= {"recipe.json", "curve.jsonl"}
+
+
 def test_several_processes_are_refused(speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="expected one process"):

@@ -2,13 +2,16 @@
 
 A training that writes into the folder of another loses either: so what it was begun with is written down beside its result, ``--resume``
 is refused where that is not the same to the last key, and a folder that holds somebody's work already is refused otherwise. The claim is
-staked when all else has been checked, so that a recipe that fails at once leaves its folder to the mended one.
+staked when all else has been checked, and given up where a training fails before its first checkpoint, so that a recipe that fails at once
+leaves its folder to the mended one. A training that was killed keeps it: the same command goes on there.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +40,27 @@ def claim(settled: Mapping[str, Any], out: Path, resume: bool) -> None:
         raise RecipeError(f"expected a folder for a training, got {str(out)!r}, which holds {found}; name another --out")
 
 
-def take(settled: Mapping[str, Any], out: Path) -> None:
-    """Writes down whose folder this is."""
+@contextmanager
+def taken(settled: Mapping[str, Any], out: Path, *made: str) -> Iterator[None]:
+    """Writes down whose folder this is. Where what follows fails and leaves no checkpoint to go on from, what it made is taken away again:
+    the claim, ``STATE``, whatever is called as one of ``made``, and the folder. What was there before stays.
+    """
+    names = [name for name in (RECIPE, STATE, *made) if not (out / name).exists()]
+    own = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     (out / RECIPE).write_text(json.dumps(settled, indent=1) + "\n")
+    try:
+        yield
+    except Exception:
+        if RECIPE in names and latest(out / STATE) is None:
+            for path in (out / name for name in names):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            if own and not any(out.iterdir()):
+                out.rmdir()
+        raise
 
 
 def latest(folder: Path) -> Path | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import TrainingArguments
 from monologue.backends.places import UNKNOWN
 from monologue.backends.tokens import tokenizer_hash
 from monologue.traces.store import RunReader
-from monologue.training.claims import STATE, claim, latest, take
+from monologue.training.claims import STATE, claim, latest, taken
 from monologue.training.collate import Batch, Collate, sampled_logprobs
 from monologue.training.imitation import Imitation
 from monologue.training.loop import Loss, RowTrainer, arguments
@@ -62,12 +63,12 @@ def imitate(
     reader, counts = RunReader(run), Counts()
     learner = Learner.open(recipe.model, device=str(settings.device), dtype=recipe.dtype, lora=recipe.lora)
     rows = chosen(read_rows(reader, roles=[role], counts=counts), keep, role, learner.checkpoint.tokenizer, counts)
+    settled = recipe.settled(start=_start(learner), rows=fingerprint(rows))
     if settings.should_save:
-        settled = recipe.settled(start=_start(learner), rows=fingerprint(rows))
         claim(settled, out, resume)
-        take(settled, out)
-    trainer = RowTrainer(learner, rows, Collate(learner.inputs, reader.picture), _loss(learner), settings)
-    trainer.begin(latest(out / STATE) if resume else None)
+    with taken(settled, out) if settings.should_save else nullcontext():
+        trainer = RowTrainer(learner, rows, Collate(learner.inputs, reader.picture), _loss(learner), settings)
+        trainer.begin(latest(out / STATE) if resume else None)
     learner.save(out, settings.should_save)
     report = {
         "role": role,

@@ -33,7 +33,7 @@ from monologue.backends.perception.ivtlr import LatentReasoner
 from monologue.backends.perception.modes import MODES, Mode
 from monologue.backends.perception.prompts import Prompts, prompts
 from monologue.tasks.corpora import CORPORA
-from monologue.training.claims import STATE, claim, latest, take
+from monologue.training.claims import STATE, claim, latest, taken
 from monologue.training.internalise import Lesson, Objective, internalisation
 from monologue.training.loop import StreamTrainer, arguments
 from monologue.training.muon import MuonAdamW
@@ -215,8 +215,8 @@ def internalise(
     claim(settled, Path(out), resume)
     training = _Training(recipe, checkpoint, lessons, Path(out), embed, after)
     training.check(lessons(0))
-    take(settled, Path(out))
-    return training.run(latest(Path(out) / STATE) if resume else None, more)
+    with taken(settled, Path(out), CURVE):
+        return training.run(latest(Path(out) / STATE) if resume else None, more)
 
 
 def _settled(recipe: Latent, lessons: Any) -> dict[str, Any]:
