@@ -26,9 +26,9 @@ from monologue.backends.decoding import Lane
 from monologue.backends.perception.ivtlr import LatentReasoner, Thoughts
 from monologue.backends.perception.modes import Mode
 from monologue.backends.perception.prompts import Asked, prompts
+from monologue.backends.places import HABIT
 from monologue.backends.sampling import draw, log_distribution
 
-FILE = "latent.json"
 NEAREST = 3
 """Words told of each state."""
 
@@ -46,7 +46,7 @@ class Habit:
 
     def save(self, folder: str | Path) -> None:
         """Beside the weights."""
-        (Path(folder) / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        (Path(folder) / HABIT).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     def told(self) -> str:
         """For a trace, as JSON."""
@@ -65,9 +65,9 @@ class Habit:
     @classmethod
     def load(cls, folder: str | Path) -> Habit:
         """Raises BackendError for a checkpoint that was never taught to think."""
-        file = Path(folder) / FILE
+        file = Path(folder) / HABIT
         if not file.is_file():
-            raise BackendError(f"expected {FILE} in {str(folder)!r}: it was not taught to think; see 'monologue train latent'")
+            raise BackendError(f"expected {HABIT} in {str(folder)!r}: it was not taught to think; see 'monologue train latent'")
         try:
             return cls.heard(file.read_text())
         except (ValueError, TypeError, KeyError) as error:
@@ -81,7 +81,7 @@ class Habit:
     def check(self, words: int) -> None:
         """Raises BackendError where ``think`` is none of a model's ``words`` ids."""
         if self.think is not None and self.think >= words:
-            raise BackendError(f"expected a 'think' in {FILE} from 0 to {words - 1}, an id of the model's vocabulary, got {self.think!r}")
+            raise BackendError(f"expected a 'think' in {HABIT} from 0 to {words - 1}, an id of the model's vocabulary, got {self.think!r}")
 
     def admit(self, images: Sequence[ImageFacts]) -> None:
         """Raises RequestRefused for a prompt over which this habit cannot be followed, before it is in a batch with others."""

@@ -19,6 +19,8 @@ from monologue.backends.base import BackendError
 
 STARTERS = Path(__file__).parent / "starter"
 PREFIX = "starter:"
+HABIT = "latent.json"
+"""File beside the weights of a checkpoint that was taught to think (``backends.latent``)."""
 UNKNOWN = "base"
 """Version of weights whose content is not known."""
 

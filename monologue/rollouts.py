@@ -26,7 +26,7 @@ from monologue.backends.base import Sampling
 from monologue.backends.places import fingerprint, place
 from monologue.graphs.play import play
 from monologue.graphs.registry import find
-from monologue.seating import chat_model, served, starter
+from monologue.seating import chat_model, check_speaks, served, starter
 from monologue.tasks.base import Problem, Task
 from monologue.traces.store import RunError, RunWriter
 from monologue.training.credit import COUNTERFACTUAL
@@ -172,6 +172,7 @@ def seated(recipe: Reinforcement) -> dict[str, Policy]:
     for role in find(recipe.graph).roles:
         heat, nucleus = (recipe.temperature, recipe.top_p) if role in recipe.trained else (0.0, 1.0)
         sampling = Sampling(heat, nucleus, max_tokens=recipe.max_tokens)
+        check_speaks(source_of(recipe, role), role)
         if role in recipe.served:
             found[role] = served(recipe.served[role], role, sampling, role, source_of(recipe, role))
             continue

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from monologue.agents.load import check_role, codec_for, load_policy
 from monologue.agents.policy import Policy, close
 from monologue.backends.base import Sampling
 from monologue.backends.garbage import settled
-from monologue.backends.places import STARTERS, place, portable, short
+from monologue.backends.places import HABIT, STARTERS, place, portable, short
 from monologue.graphs.crew import Crew
 from monologue.graphs.oracle import Seat, oracle, scripted
 from monologue.graphs.play import play
@@ -59,6 +60,16 @@ def habit_of(source: str) -> Any:
     from monologue.backends.latent import Habit
 
     return Habit.load(place(source))
+
+
+def check_speaks(source: str, role: str) -> None:
+    """Raises UsageError for a checkpoint that was taught to think, in a seat where nobody does: its answers would be others."""
+    if role == "thinker" or not os.path.isfile(Path(place(source)) / HABIT) or not habit_of(source).steps:
+        return
+    told = f"{source!r} was taught to answer after latent steps ({HABIT}), and the seat {role!r} takes none"
+    raise UsageError(
+        f"{told}; seat it by --graph latent:percent=0 --thinker {source}, or see what it says without by 'monologue eval latent --controls'"
+    )
 
 
 @contextmanager
@@ -99,6 +110,7 @@ def _seated(graph: str, options: argparse.Namespace, loaded: dict[str, Policy]) 
                 raise UsageError(f"the server at {wanted} takes no latent steps; start one with 'monologue serve --thinker FOLDER'")
             continue
         source = portable(starter(role, graph, getattr(options, "task", "shapes")) if wanted in ("starter", "oracle") else wanted)
+        check_speaks(source, role)
         thinks = role == "thinker"
         key = f"{source} thinking" if thinks else source
         if key not in loaded:

@@ -74,7 +74,7 @@ def settle(options: argparse.Namespace) -> None:
 def orders_of(options: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     """Role and ``launch`` arguments of every server."""
     from monologue.backends.serving.launch import lora_flags
-    from monologue.seating import starter
+    from monologue.seating import check_speaks, starter
 
     wanted = {role: getattr(options, role) for role in ROLES if getattr(options, role) != "none"}
     if not wanted:
@@ -84,6 +84,7 @@ def orders_of(options: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     found = list[tuple[str, dict[str, Any]]]()
     for role, named in wanted.items():
         model = str(starter(role)) if named == "starter" else named
+        check_speaks(model, role)
         own, environment = _thinking(model) if role == "thinker" else ((), {})
         for replica in range(options.replicas):
             gpu = next(gpus)

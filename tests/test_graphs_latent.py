@@ -182,6 +182,26 @@ def test_a_think_word_outside_of_the_vocabulary_is_refused_when_the_thinker_is_o
         assert not Path(place).exists()
 
 
+def test_a_thinker_is_not_seated_where_it_would_answer_without_thoughts(
+    thinker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither played, evaluated, reinforced nor served; a checkpoint that was taught no step yet is an ordinary policy."""
+    learned, graph = ["--set", f'answerer="{thinker}"', "--set", 'graph="direct"', "--set", 'trained=["answerer"]'], ["--graph", "direct"]
+    for words in (
+        ["play", *graph, "--task", "hops", "--n", "2", "--out", str(tmp_path / "run"), "--answerer", str(thinker)],
+        ["eval", *graph, "--task", "hops", "--n", "2", "--answerer", str(thinker)],
+        ["train", "reinforce", "reinforce", "--set", 'task="hops"', "--out", str(tmp_path / "run"), *learned],
+        ["serve", "--device", "cpu", "--questioner", "none", "--answerer", str(thinker)],
+    ):
+        assert main(words) == 2, words
+        told = capsys.readouterr().err
+        assert f"the seat 'answerer' takes none; seat it by --graph latent:percent=0 --thinker {thinker}" in told
+    assert not (tmp_path / "run").exists()
+    quiet = shutil.copytree(thinker, tmp_path / "quiet")
+    Habit(Mode(k=3), 0).save(quiet)
+    assert main(["play", *graph, "--task", "hops", "--n", "2", "--out", str(tmp_path / "run"), "--answerer", str(quiet)]) == 0
+
+
 GREEDY = Sampling(temperature=0.0, max_tokens=2)
 
 
