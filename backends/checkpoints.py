@@ -89,6 +89,7 @@ def open_model(source: str, *, device: str, dtype: torch.dtype, local_files_only
     """The model alone, every weight found."""
     source = place(source)
     _check_place(source)
+    _check_device(device)
     where = {"trust_remote_code": False, "local_files_only": local_files_only}
     with _one_sentence(source, "a model with safetensors weights"):
         config = AutoConfig.from_pretrained(source, **where)
@@ -168,6 +169,14 @@ def _check_place(source: str) -> None:
             raise BackendError(f"expected a model folder (config.json, *.safetensors, tokenizer.json), got {source!r} without config.json")
     elif folder.exists() or not _HUB_NAME.fullmatch(source):
         raise BackendError(f"expected a model folder or the name of a model on the Hub, got {source!r}, which is neither")
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise BackendError(f"expected a device that this machine has, such as 'cpu', got device={device!r}: {first}") from error
 
 
 def _check_sight(source: str, model: Any, processor: Any) -> None:

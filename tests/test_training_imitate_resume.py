@@ -251,9 +251,23 @@ def test_a_recipe_of_imitation_refuses_what_cannot_be_honoured(change: dict[str,
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
-def test_a_device_that_is_not_there_is_refused(oracle: Path, tmp_path: Path) -> None:
+def test_a_device_that_is_not_there_is_refused(oracle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RecipeError, match="'cpu', got device='cuda'"):
         imitate(oracle, starter("questioner"), tmp_path / "out", **SMALL, device="cuda")
     with pytest.raises(RecipeError, match="got device='quantum'"):
         imitate(oracle, starter("questioner"), tmp_path / "out", **SMALL, device="quantum")
+    for device in ("cuda", "quantum"):
+        assert main(["train", "reinforce", "reinforce", "--set", f'device="{device}"', "--out", str(tmp_path / "out")]) == 2
+        assert f"expected a device that this machine has, such as 'cpu', got device='{device}'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("tracker", "told"), [("tensorbored", "got 'tensorbored'"), ("swanlab", "'swanlab' of report_to is not installed here")]
+)
+def test_a_tracker_that_is_not_there_is_refused_before_anything_is_written(
+    oracle: Path, tmp_path: Path, tracker: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["imitate", "imitate", "--set", f'run="{oracle}"'], ["reinforce", "reinforce"]):
+        assert main(["train", *words, "--set", f'report_to=["{tracker}"]', "--out", str(tmp_path / "out")]) == 2
+        assert told in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -17,14 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, integrations
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from monologue.training.collate import Batch, Collate
 from monologue.training.policies import Learner
+from monologue.training.recipe import RecipeError
 from monologue.training.rows import Row
 from monologue.training.sharding import gathered, shared_out
 
+_integrations: Any = integrations
+UNTOLD = ("azure_ml", "flyte")
+"""Trackers that transformers knows, but does not always name among those that are installed."""
 Loss = Callable[[Any, Batch, float], Tensor]
 """Model, batch, number of trained ids in the step; gives the batch's part of the step's loss."""
 
@@ -195,7 +199,10 @@ def _step(batch: Batch) -> dict[str, Any]:
 
 
 def arguments(out: Path, *, steps: int, batch: int, lr: float, seed: int = 0, **more: Any) -> TrainingArguments:
-    """TrainingArguments with what every stage of ours shares: warm-up, cosine, clipping, no tracker unless asked for."""
+    """TrainingArguments with what every stage of ours shares: warm-up, cosine, clipping, no tracker unless asked for.
+
+    Raises RecipeError for a tracker that is not there.
+    """
     common: dict[str, Any] = {
         "lr_scheduler_type": "cosine",
         "warmup_steps": max(1, steps // 20),
@@ -209,5 +216,18 @@ def arguments(out: Path, *, steps: int, batch: int, lr: float, seed: int = 0, **
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    trackers(more.get("report_to", []))
     own = {"max_steps": steps, "per_device_train_batch_size": batch, "learning_rate": lr, "seed": seed, "data_seed": seed}
     return TrainingArguments(str(out), **{**common, **own, **more})
+
+
+def trackers(named: str | Sequence[str]) -> None:
+    """Raises RecipeError for a tracker that transformers does not know, or whose library is not installed."""
+    wanted, known = [named] if isinstance(named, str) else list(named), sorted(_integrations.INTEGRATION_TO_CALLBACK)
+    if wanted in (["all"], ["none"]):
+        return
+    if unknown := [name for name in wanted if name not in known]:
+        raise RecipeError(f"expected trackers of {', '.join(known)} in report_to, got {unknown[0]!r}")
+    there = {*_integrations.get_available_reporting_integrations(), *UNTOLD}
+    if missing := [name for name in wanted if name not in there]:
+        raise RecipeError(f"the tracker {missing[0]!r} of report_to is not installed here; install its library, or leave it out")

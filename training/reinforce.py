@@ -34,7 +34,7 @@ from monologue.training.claims import STATE, latest
 from monologue.training.collate import Batch, Collate
 from monologue.training.experience import Lesson, Micro, deal, lessons, over, recorded, sampled, spread
 from monologue.training.gate import GateError
-from monologue.training.loop import StreamTrainer, arguments
+from monologue.training.loop import StreamTrainer, arguments, trackers
 from monologue.training.objectives import Ppo
 from monologue.training.policies import Learner, Policies
 from monologue.training.recipe import RecipeError
@@ -62,6 +62,7 @@ def reinforce(
     Raises RecipeError, RunError, RowError, GateError, BackendError, PictureError.
     """
     _wanted(recipe, stage)
+    trackers(more.get("report_to", recipe.report_to))
     if bool(recipe.runs) == (stage is not None):
         raise RecipeError("expected either runs to learn from or a stage to play on, got " + ("both" if recipe.runs else "neither"))
     process = PartialState(cpu=recipe.device == "cpu")
