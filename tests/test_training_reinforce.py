@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Trainer
 
 from monologue.cli import main
 from monologue.rollouts import Rollouts, seated, source_of
@@ -410,12 +411,28 @@ def losses(out: Path) -> list[Any]:
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again_with_what_was_played(tmp_path: Path) -> None:
     whole = go(tmp_path)
-    assert go(tmp_path, resume=True) == whole, "nothing is left to do"
     shutil.rmtree(tmp_path / "trainer")
     first = go(tmp_path, resume=True)
     assert [line["losses"] for line in first] == [line["losses"] for line in whole] and len(first) == 2
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert len(list(RunReader(tmp_path).episodes())) == 2 * 9
+
+
+def test_a_finished_run_is_told_as_such_and_goes_on_with_more_iterations_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are written as they were, and the library is not asked to take steps that are none."""
+    whole = go(tmp_path)
+    shutil.copytree(tmp_path / "questioner", tmp_path / "before")
+    shutil.rmtree(tmp_path / "questioner")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("nothing is left to do"))
+        assert go(tmp_path, resume=True) == whole
+    assert f"finished, all of its 2 steps were taken before; its result is in {tmp_path / 'questioner'}" in capsys.readouterr().err
+    assert gap(tmp_path / "before", tmp_path / "questioner") == 0.0
+    with pytest.raises(RecipeError, match=r"expected at least 2 iterations.*got iterations=1"):
+        go(tmp_path, resume=True, iterations=1)
+    assert len(go(tmp_path, resume=True, iterations=3)) == 3 and "finished" not in capsys.readouterr().err
 
 
 def test_two_processes_take_the_steps_of_one_with_whole_weights_and_with_shared_out_ones(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def imitate(
         claim(settled, out, resume)
     with taken(settled, out) if settings.should_save else nullcontext():
         trainer = RowTrainer(learner, rows, Collate(learner.inputs, reader.picture), _loss(learner), settings)
-        trainer.begin(latest(out / STATE) if resume else None)
+        trainer.begin(latest(out / STATE) if resume else None, out)
     learner.save(out, settings.should_save)
     report = {
         "role": role,

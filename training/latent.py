@@ -261,7 +261,7 @@ class _Training:
         self.trainer = _StagedTrainer(recipe, self.model, groups, self, self.loss, settings, callbacks=[_Ended(self)])
         done = 0 if start is None else int(json.loads((start / "trainer_state.json").read_text())["global_step"])
         self._reopen(done)
-        self.trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        self.trainer.begin(start, self.out)
         if recipe.dtype == "bfloat16":
             round_weights(self.checkpoint.model)
         dtype, model = getattr(torch, recipe.dtype), self.checkpoint.model

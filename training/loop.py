@@ -54,6 +54,21 @@ class _KeptTrainer(Trainer):
     load: Callable[[Path], None]
     """Takes up what ``keep`` wrote."""
 
+    def begin(self, checkpoint: Path | None, *results: Path) -> None:
+        """Trains, on from a checkpoint where one is given. After the last step nothing is left, and the ``Trainer`` would say so in its own
+        words or take another one; ``results`` is where they will lie.
+        """
+        state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if checkpoint is None or state is None or state.global_step < self.args.max_steps:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            return
+        self.load(checkpoint)
+        self.state = state
+        if self.args.should_save:
+            where = " and ".join(str(result) for result in results)
+            told = f"this training is finished, all of its {state.global_step} steps were taken before"
+            print(f"monologue: {told}; its result is in {where}", file=sys.stderr)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,15 +90,6 @@ class RowTrainer(_KeptTrainer):
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         self._loss = loss
-
-    def begin(self, checkpoint: Path | None) -> None:
-        """Trains, on from a checkpoint where one is given. After the last step nothing is left: the ``Trainer`` would take another one."""
-        state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if checkpoint is not None and state is not None and state.global_step >= self.args.max_steps:
-            self.load(checkpoint)
-            self.state = state
-            return
-        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None

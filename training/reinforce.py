@@ -124,7 +124,11 @@ class _Reinforcement:
         """From the beginning, or from where a checkpoint was taken."""
         checkpoint = self.checkpoint
         state = {"global_step": 0} if checkpoint is None else json.loads((checkpoint / "trainer_state.json").read_text())
-        self.report.read(int(state["global_step"]) // self.recipe.steps)
+        done = int(state["global_step"]) // self.recipe.steps
+        if done > self.recipe.iterations:
+            told = f"expected at least {done} iterations, which the run in {str(self.out)!r} has taken already"
+            raise RecipeError(f"{told}, got iterations={self.recipe.iterations!r}")
+        self.report.read(done)
         if self.report.history:
             last = self.report.history[-1]
             self.averages.means = dict(last["averages"])
@@ -132,7 +136,7 @@ class _Reinforcement:
         elif isinstance(self.source, Logged) and self.recipe.proof and self.recipe.objective.ratios:
             self.source.prove(self.recipe.proof, self.recipe.tolerance)
         with self.report, settled():
-            self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            self.trainer.begin(checkpoint, *(self.out / role for role in self.learners))
         if isinstance(self.source, Played):
             self.source.push(self.recipe.iterations)
         for role, learner in self.learners.items():
