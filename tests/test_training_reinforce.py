@@ -317,6 +317,36 @@ def test_a_role_that_says_nothing_for_an_iteration_stays_as_it_is(tmp_path: Path
     assert gap(tmp_path / "questioner", starter("questioner")) > 0.0 == gap(tmp_path / "answerer", starter("answerer"))
 
 
+def test_an_iteration_in_which_whoever_is_to_move_says_nothing_is_idle_and_a_resume_passes_it_bit_for_bit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No weight moves then, not even by momentum, or the gate would refuse the next iteration; killed before it or after it, the run goes
+    on as if it had not been.
+    """
+    settings: dict[str, Any] = {"trained": ["questioner", "answerer"], "alternate": 1, "max_turns": 1, "passes": 2, "save_every": 1}
+    whole = go(tmp_path / "whole", **settings, iterations=5)
+    told = capsys.readouterr().err
+    assert all(f"iteration {step} teaches nothing: 'answerer', whose turn it is, said nothing" in told for step in (1, 3))
+    assert [(line["losses"] == [0.0, 0.0], line["idle"] == 1.0, line.get("answerer streams")) for line in whole[1::2]] == [
+        (True, True, 0.0)
+    ] * 2
+    assert all(line["questioner kl"] > 0 for line in whole[2::2]) and all(line["idle"] < 1 for line in whole[::2])
+    assert gap(tmp_path / "whole" / "answerer", starter("answerer")) == 0.0
+    for taken in (1, 2, 3):
+        out = tmp_path / str(taken)
+        go(out, **settings, iterations=taken)
+        assert latest(out / "trainer") == out / "trainer" / f"checkpoint-{2 * taken}"
+        again = go(out, **settings, iterations=5, resume=True)
+        kept = ("losses", "reward", "idle", "averages", "questioner penalty", "answerer penalty", "questioner kl", "questioner entropy")
+        assert [[line.get(name) for name in kept] for line in again] == [[line.get(name) for name in kept] for line in whole]
+        assert gap(out / "questioner", tmp_path / "whole" / "questioner") == 0.0
+
+
+def test_a_lone_role_that_says_nothing_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="iteration 0 has nothing that answerer said; is it a seat"):
+        go(tmp_path, trained=["answerer"], max_turns=1, iterations=1)
+
+
 def test_replies_that_were_all_cut_off_are_named_as_the_cause(tmp_path: Path) -> None:
     with pytest.raises(GateError, match=r"9 of its 9 replies were cut off at the length limit; raise max_tokens"):
         go(tmp_path, max_tokens=1, max_turns=1, iterations=1)

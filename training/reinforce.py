@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +158,12 @@ class _Reinforcement:
             collate = {lesson.role: self._collate(lesson.role) for lesson in found}
             for number in range(recipe.passes):
                 seed = f"{recipe.seed}/{iteration}/{number}"
-                dealt = deal(found, collate, recipe.minibatches, recipe.accumulation, share, seed, whole, recipe.active(iteration))
+                together = self.trainer.args.gradient_accumulation_steps
+                dealt: Iterable[Micro | None] = [None] * (recipe.minibatches * together)
+                if found:
+                    dealt = deal(found, collate, recipe.minibatches, recipe.accumulation, share, seed, whole, recipe.active(iteration))
                 for place, micro in enumerate(dealt):
-                    yield {"micro": micro, "first": place % self.trainer.args.gradient_accumulation_steps == 0}
+                    yield {"micro": micro, "first": place % together == 0}
 
     def _experience(self, iteration: int) -> list[Lesson]:
         """A batch, proven, and what is to be learned from it. Raises GateError before any step is taken on it."""
@@ -169,6 +172,8 @@ class _Reinforcement:
         if recipe.examine_every and iteration % recipe.examine_every == 0:
             self.facts |= self._examined(iteration)
         rows = self.source.rows(iteration)
+        if not rows:
+            raise RecipeError(f"iteration {iteration} has nothing that {' or '.join(recipe.trained)} said; is it a seat, and trainable?")
         rows = [as_released(row) for row in rows] if recipe.compat else rows
         played = time.perf_counter()
         assigned = credit.assign(rows, recipe.credit, share=recipe.share, discount=recipe.discount, averages=self.averages)
@@ -188,18 +193,15 @@ class _Reinforcement:
         return found
 
     def _weighed(self, iteration: int, found: Sequence[Lesson]) -> None:
-        """Tells where an iteration teaches nothing. Raises RecipeError where nobody has said anything."""
+        """Tells where an iteration teaches nothing."""
         active, said = self.recipe.active(iteration), {lesson.role for lesson in found}
-        if not found:
-            raise RecipeError(f"iteration {iteration} has nothing that {' or '.join(active)} said; is it a seat, and trainable?")
         self.facts |= {self._name(role, "streams"): 0.0 for role in active if role not in said}
-        self.facts["idle"] = math.fsum(lesson.idle for lesson in found) / len(found)
+        self.facts["idle"] = math.fsum(lesson.idle for lesson in found) / len(found) if found else 1.0
         still = self.facts["idle"] == 1 and not self.recipe.objective.critic and not self.recipe.objective.penalty
-        if still and PartialState().is_main_process:
+        if (still or not found) and PartialState().is_main_process:
             told = f"all {len(found)} rows weigh nothing with the objective {self.recipe.objective.name!r}"
-            print(
-                f"monologue: iteration {iteration} teaches nothing: {told}, since their rewards do not differ or suffice", file=sys.stderr
-            )
+            why = f"{told}, since their rewards do not differ or suffice" if found else f"{active[0]!r}, whose turn it is, said nothing"
+            print(f"monologue: iteration {iteration} teaches nothing: {why}", file=sys.stderr)
 
     def _lessons(
         self, role: str, iteration: int, rows: Sequence[Row], advantages: Mapping[str, float], earned: Mapping[str, float]
@@ -232,7 +234,12 @@ class _Reinforcement:
         """Of a measure; where one role is trained it goes without saying."""
         return f"{role} {fact}" if len(self.recipe.trained) > 1 else fact
 
-    def _loss(self, model: Any, micro: Micro) -> Tensor:
+    def _loss(self, model: Any, micro: Micro | None) -> Tensor:
+        """``micro`` is None where whoever is to move said nothing: a loss that reaches no weight, so that the step moves none, not even on
+        by its momentum.
+        """
+        if micro is None:
+            return torch.zeros((), device=self.trainer.accelerator.device, requires_grad=True)
         scored, values = model(micro.role, micro.batch)
         part = micro.part.to(scored.logprobs.device)
         penalty = self.penalties[micro.role]
@@ -253,7 +260,7 @@ class _Reinforcement:
         device = self.trainer.accelerator.device
         lost = self.trainer.accelerator.reduce(torch.tensor(self.trainer.lost, dtype=torch.float64, device=device), "sum").tolist()
         self.facts |= {"losses": lost, "loss": math.fsum(lost) / len(lost)}
-        self.facts |= {"clipped": math.fsum(self.held) / len(self.held), "averages": dict(self.averages.means)}
+        self.facts |= {"clipped": math.fsum(self.held) / max(1, len(self.held)), "averages": dict(self.averages.means)}
         self.facts["seconds"] = time.perf_counter() - self.began
         self.trainer.lost = []
         self.report.add(self.facts)
