@@ -49,6 +49,7 @@ def user_errors() -> tuple[type[Exception], ...]:
         "monologue.training.recipe": "RecipeError",
         "monologue.training.rows": "RowError",
         "monologue.training.gate": "GateError",
+        "monologue.training.judges": "JudgeError",
         "monologue.traces.extras": "ExportError",
         "monologue.training.dataset": "MissingExtra",
         "monologue.training.exports.writing": "ExportError",

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
@@ -366,6 +367,16 @@ def test_rewards_of_ones_own_are_given_by_name(tmp_path: Path) -> None:
     assert all(row.reward("entropy_of_mine") for row in rows) and line["reward"] == pytest.approx(sum(earned) / len(earned))
     with pytest.raises(RecipeError, match=r"entropy_of_mine.*the recipe names runs"):
         reinforced({"runs": [str(tmp_path)]}, tmp_path / "out", rewards=mine)
+
+
+def test_a_judge_who_gives_no_mark_ends_the_command_with_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("monologue.rollouts.chat_model", lambda named: GenericFakeChatModel(messages=iter(["splendid"] * 99)))
+    words = ["--set", 'judge="openai:anyone"', "--set", "rewards={ judge = 0.1 }", "--set", "problems=1", "--set", "samples=2"]
+    assert main(["train", "reinforce", "reinforce", *words, "--out", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert "monologue: expected a whole number from 0 to 10 from the judge, got 'splendid'" in told and "Traceback" not in told
 
 
 def test_the_commands_in_the_papers_recipe_run(tmp_path: Path) -> None:
