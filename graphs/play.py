@@ -74,6 +74,7 @@ class Table:
     partners: Mapping[str, Problem] = field(default_factory=dict)
     deadline: float | None = None
     retries: int = 0
+    weight: float = 1.0
     drawn: dict[str, tuple[Picture, ...]] = field(default_factory=dict)
     """Pictures of the latest problems: a group shares them."""
 
@@ -125,7 +126,7 @@ class Table:
             outcome = await self._in_time(self.graph.compiled().ainvoke(start, context=context, config={"recursion_limit": limit}))
             score = self.judge(problem, outcome.get("answer"))
             if score is not None:
-                record.annotate(name="exact_match", value=score, scope="episode", source=f"task:{problem.task}")
+                record.annotate(name="exact_match", value=score, weight=self.weight, scope="episode", source=f"task:{problem.task}")
             record.finish(answer=outcome.get("answer"))
         return outcome, [stream.usage for stream in context.streams.values()]
 
@@ -205,6 +206,7 @@ async def aplay(
     control: str | None = None,
     tools: Sequence[BaseTool] = (),
     score: Callable[[Problem, str | None], float] = exact_match,
+    weight: float = 1.0,
     deadline: float | None = None,
     retries: int = 0,
     config: Mapping[str, Any] | None = None,
@@ -216,11 +218,11 @@ async def aplay(
 ) -> Summary:
     """Plays ``samples`` episodes of each problem into the run folder and returns what came of them.
 
-    ``max_turns`` bounds the actions of the seat that concludes. ``score`` is the task's rule. ``deadline`` (seconds) bounds an
-    attempt; ``retries`` is how often an episode is played again whose engine could not be reached or did not answer. ``config`` is
-    kept in run.json. ``listener`` is told of each record once it is on disk. ``capture="shape"`` keeps text, ids and pictures off
-    the disk, ``redact`` sees every text before it is written. ``part=(k, n)`` plays every n-th problem from the k-th on, so that n
-    processes or machines share a run. ``ended`` is told what came of each episode.
+    ``max_turns`` bounds the actions of the seat that concludes. ``score`` is the task's rule, ``weight`` what its figure counts among an
+    episode's rewards. ``deadline`` (seconds) bounds an attempt; ``retries`` is how often an episode is played again whose engine could not
+    be reached or did not answer. ``config`` is kept in run.json. ``listener`` is told of each record once it is on disk.
+    ``capture="shape"`` keeps text, ids and pictures off the disk, ``redact`` sees every text before it is written. ``part=(k, n)`` plays
+    every n-th problem from the k-th on, so that n processes or machines share a run. ``ended`` is told what came of each episode.
     Raises GraphError for what does not fit together, RunError where the run cannot be written.
     """
     chosen = find(graph) if isinstance(graph, str) else graph
@@ -246,7 +248,7 @@ async def aplay(
     writer = run if isinstance(run, RunWriter) else RunWriter(Path(run), settings, resume=resume)
     writer.listener = listener or writer.listener
     recorder = Recorder(writer, capture=capture, redact=redact)
-    table = Table(chosen, seats, recorder, score, seed, max_turns, Toolbox(tools), control, pairs, deadline, retries)
+    table = Table(chosen, seats, recorder, score, seed, max_turns, Toolbox(tools), control, pairs, deadline, retries, weight)
     summary = Summary()
     total = len(range(part[0], len(problems), part[1])) * samples if isinstance(problems, Sized) else None
     mine = islice(problems, part[0], None, part[1])

@@ -35,7 +35,7 @@ from monologue.training.policies import Learner
 from monologue.training.recipe import RecipeError
 from monologue.training.reinforce import reinforce as train
 from monologue.training.reinforcement import Reinforcement
-from monologue.training.rewards import Reward
+from monologue.training.rewards import SCORE, Reward
 
 TOGETHER = 128
 """Episodes at once."""
@@ -45,7 +45,11 @@ class Rollouts:
     """The seats of a recipe's graph, and its problems in order."""
 
     def __init__(self, recipe: Reinforcement, task: Task, seats: Mapping[str, Policy], own: Mapping[str, Reward] | None = None) -> None:
-        """``own`` are rewards that a recipe may name beside ours. Raises RecipeError where a trained or served role has no seat."""
+        """``own`` are rewards that a recipe may name beside ours. Raises RecipeError where a trained or served role has no seat, or an own
+        reward is called as the task's score.
+        """
+        if SCORE in (own or {}):
+            raise RecipeError(f"{SCORE!r} is the task's own score, which the task tells; expected another name for a reward of yours")
         strange = sorted({*recipe.trained, *recipe.served} - set(find(recipe.graph).roles))
         if strange:
             raise RecipeError(
@@ -67,6 +71,7 @@ class Rollouts:
             max_turns=recipe.max_turns,
             concurrency=TOGETHER,
             score=self.task.score,
+            weight=recipe.rewards.get(SCORE, 1.0),
             progress=False,
         )
         for episode in summary.failed[:1]:

@@ -369,6 +369,27 @@ def test_rewards_of_ones_own_are_given_by_name(tmp_path: Path) -> None:
         reinforced({"runs": [str(tmp_path)]}, tmp_path / "out", rewards=mine)
 
 
+def test_the_tasks_own_score_has_the_weight_that_the_recipe_gives_it(tmp_path: Path) -> None:
+    """In the trace and in what is learned from; the score that is told stays as it is."""
+    rewards = {"exact_match": 0.25, "questions": -0.05}
+    (line,) = go(tmp_path / "run", rewards=rewards, iterations=1)
+    rows = list(read_rows(RunReader(tmp_path / "run"), ["questioner"]))
+    assert {(note.weight, note.source) for row in rows for note in row.rewards if note.name == "exact_match"} == {(0.25, "task:shapes")}
+    earned = [sum(weight * (row.reward(name) or 0.0) for name, weight in rewards.items()) for row in rows]
+    right = [row.reward("exact_match") or 0.0 for row in rows]
+    assert (
+        line["reward"] == pytest.approx(sum(earned) / len(earned))
+        and line["score"] == pytest.approx(sum(right) / len(right))
+        and any(right)
+    )
+    with pytest.raises(RecipeError, match="begun with another recipe"):
+        go(tmp_path / "run", rewards={"questions": -0.05}, iterations=1, resume=True)
+    with pytest.raises(RecipeError, match="got no weight but 0"):
+        Reinforcement.read({"rewards": {"exact_match": 0.0}})
+    with pytest.raises(RecipeError, match="'exact_match' is the task's own score"):
+        reinforced({**SMALL, "iterations": 1}, tmp_path / "own", Shapes(FAMILIES), rewards={"exact_match": lambda episode: 1.0})
+
+
 def test_a_judge_who_gives_no_mark_ends_the_command_with_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

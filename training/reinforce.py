@@ -41,7 +41,7 @@ from monologue.training.recipe import RecipeError
 from monologue.training.reinforcement import Reinforcement
 from monologue.training.released import as_released
 from monologue.training.report import Report
-from monologue.training.rewards import REWARDS, Wanted
+from monologue.training.rewards import REWARDS, SCORE, Wanted
 from monologue.training.rows import Row, same_ids
 from monologue.training.sources import Logged, Played, Source, Stage
 
@@ -327,12 +327,12 @@ def _wanted(recipe: Reinforcement, stage: Stage | None) -> Wanted:
     known = dict(REWARDS)
     if stage is not None:
         known.update(stage.rewards())
-    weights = dict(recipe.rewards)
+    weights = {name: weight for name, weight in recipe.rewards.items() if name != SCORE}
     if recipe.credit == credit.COUNTERFACTUAL:
         weights[credit.COUNTERFACTUAL] = 0.0
     unknown = sorted(set(weights) - set(known))
     if unknown:
-        raise RecipeError(f"unknown rewards {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
+        raise RecipeError(f"unknown rewards {', '.join(unknown)}; choose from {', '.join(sorted([*known, SCORE]))}")
     return {name: (known[name], weight) for name, weight in weights.items()}
 
 
@@ -358,7 +358,7 @@ def _filled(rows: Sequence[Row], checked: Sequence[int], values: Sequence[Tensor
 def _described(rows: Sequence[Row], assigned: credit.Credit, earned: Mapping[str, float]) -> dict[str, float]:
     """Means over streams: what was earned, how many turns it took; over groups: how many had nothing to compare."""
     streams = {(row.episode_id, row.role, row.stream) for row in rows}
-    scores = [score for row in rows if row.number == 0 and (score := row.reward("exact_match")) is not None]
+    scores = [score for row in rows if row.number == 0 and (score := row.reward(SCORE)) is not None]
     found = {
         "reward": math.fsum(earned.values()) / len(streams),
         "turns": sum(len(row.pieces) for row in rows) / len(streams),

@@ -12,6 +12,7 @@ from monologue.training.gate import Guards
 from monologue.training.objectives import Grpo, Objective
 from monologue.training.recipe import RecipeError, follow
 from monologue.training.replay import TOLERANCE
+from monologue.training.rewards import SCORE
 
 Rate: TypeAlias = Annotated[float, Field(gt=0)]
 Finite: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
@@ -103,7 +104,7 @@ class Reinforcement(BaseModel):
     discount: float = Field(default=1.0, gt=0, le=1)
     """Of later turns' rewards, with ``turn``."""
     rewards: dict[str, Finite] = {}
-    """Online: weights of further rewards by name, beside the task's own score."""
+    """Online: weights of rewards by name, beside the task's own score, ``exact_match``, whose weight is 1 unless it stands here."""
     judge: str = ""
     """Online: the chat model behind the reward ``judge``, PROVIDER:MODEL by LangChain's names."""
 
@@ -188,6 +189,8 @@ class Reinforcement(BaseModel):
             raise ValueError(f"the objective {self.objective.name!r} with kl={self.objective.penalty!r} needs reference=true")
         if bool(self.judge) != ("judge" in self.rewards):
             raise ValueError(f"the reward 'judge' and the key judge belong together, got judge={self.judge!r} and rewards {self.rewards!r}")
+        if SCORE in self.rewards and not any(self.rewards.values()):
+            raise ValueError(f"expected a reward that counts, got no weight but 0: {self.rewards!r}")
         useless = sorted((PLAYING if self.runs else {"rows", "proof"}) & self.model_fields_set)
         if self.runs and self.objective.name == "ppo":
             raise ValueError("ppo needs fresh episodes; for logged runs take grpo, topr, awr or filter")

@@ -4,7 +4,7 @@
 
 A function returns one number for the whole episode, numbers by span for single turns, or None where it has nothing to say. Weights are kept
 beside the values, so a run shows what it was trained on, and another mixture can be tried on an old run without playing again. The task's
-own score (``exact_match``) is written by whoever plays. Whatever asks a model may be a coroutine function: those of many episodes are
+own score (SCORE) is written, weighted, by whoever plays. Whatever asks a model may be a coroutine function: those of many episodes are
 awaited together. Such are the judges (``judges``), and ``progress``, which needs the questioner itself and is therefore brought by whoever
 plays. Left out: learned reward models with weights of their own.
 """
@@ -32,6 +32,8 @@ Reward: TypeAlias = "Callable[[Episode], Found | Awaitable[Found]]"
 Wanted: TypeAlias = "Mapping[str, tuple[Reward, float]]"
 """Rewards and their weights by name."""
 SOURCE = "reward"
+SCORE = "exact_match"
+"""The task's own score, whose weight is 1 unless a recipe gives another."""
 TOGETHER = 256
 """Episodes whose rewards are awaited at once."""
 
