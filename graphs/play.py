@@ -237,6 +237,7 @@ async def aplay(
         "samples": samples,
         "seed": seed,
         "max_turns": max_turns,
+        "weight": weight,
         "control": control,
         "capture": capture,
         "seats": {role: _named(seats[role]) for role in chosen.roles},

@@ -16,7 +16,7 @@ from monologue.traces import names
 from monologue.traces.store import Episode, RunReader, RunWriter
 
 FIXED = (
-    *("graph", "seed", "max_turns", "control", "capture", "seats"),
+    *("graph", "seed", "max_turns", "weight", "control", "capture", "seats"),
     *("task", "split", "families", "questioner", "answerer", "temperature", "top_p", "max_tokens"),
 )
 """Settings that may not change when a run is resumed."""

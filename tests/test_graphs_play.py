@@ -256,6 +256,8 @@ def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path) -> None:
     play("blind", problems(2), seats, tmp_path / "run", seed=1)
     with pytest.raises(GraphError, match="begun with seed=1"):
         play("blind", problems(2), seats, tmp_path / "run", seed=2)
+    with pytest.raises(GraphError, match=r"begun with weight=1.0 \(now 0.5\)"):
+        play("blind", problems(2), seats, tmp_path / "run", seed=1, weight=0.5)
 
 
 def test_the_same_seed_gives_the_same_tokens_whatever_runs_beside(tmp_path: Path) -> None:
