@@ -35,13 +35,13 @@ def validated(checkpoint: Checkpoint, folder: Path, task: Task, count: int) -> d
 
 
 def write_thinker_card(
-    options: argparse.Namespace, recipe: Latent, checkpoint: Checkpoint, out: Path, task: Task, scores: dict[str, float]
+    options: argparse.Namespace, recipe: Latent, checkpoint: Checkpoint, out: Path, task: Task, scores: dict[str, float], before: float
 ) -> dict[str, Any]:
-    """Of a training by the command line."""
+    """Of a training by the command line; ``before`` are the processor seconds of its earlier lives, to which come this process's."""
     stages = [
         {"name": f"{stage} latent", "steps": steps, "batch": recipe.batch, "lr": recipe.lr} for stage, steps in enumerate(recipe.steps)
     ]
     changed = "".join(f" --set '{setting}'" for setting in options.set) + (f" --start {options.start}" if options.start else "")
     facts = {"policy": "thinker", "command": f"monologue train latent {options.recipe}{changed}", "seed": recipe.seed, "stage": stages}
     facts["world"] = world_hash(task)
-    return write_card(out, facts, checkpoint.model, scores, time.process_time())
+    return write_card(out, facts, checkpoint.model, scores, before + time.process_time())

@@ -123,6 +123,7 @@ def train_latent(options: argparse.Namespace) -> int:
     from monologue.commands import TASKS, named_task
     from monologue.seating import starter
     from monologue.tasks.corpora import CORPORA
+    from monologue.training.claims import spent
     from monologue.training.latent import Latent, internalise
     from monologue.training.recipe import RecipeError, override, read_recipe
     from monologue.voices import lessons_of
@@ -140,13 +141,14 @@ def train_latent(options: argparse.Namespace) -> int:
     source = str(starter("questioner", task="hops")) if recipe.model == "starter" else recipe.model
     out = options.out or Path("runs") / "latent"
     checkpoint = open_checkpoint(source, device="cpu", dtype=torch.float32)
+    before = spent(out) if options.resume else 0.0
     lines = internalise(recipe, checkpoint, lessons_of(recipe, checkpoint, named_task), out, resume=options.resume)
     ends = [line for line in lines if line["at"] == recipe.steps[int(line["stage"].split()[0])]]
     table(["stage", "steps", "loss of words"], [[line["stage"], str(line["at"]), f"{line['words']:.4f}"] for line in ends])
     if recipe.task in TASKS:
         task = named_task(recipe.task, recipe.families or None)
         scores = validated(checkpoint, out, task, recipe.examined)
-        write_thinker_card(options, recipe, checkpoint, out, task, scores)
+        write_thinker_card(options, recipe, checkpoint, out, task, scores, before)
         table(["validation problems", "answered right"], [[name, f"{value:.4f}"] for name, value in scores.items()])
     seated = recipe.as_mode().patches != "random"
     told = f"play:  monologue play --graph latent --thinker {out}{_world(recipe.task if recipe.task in TASKS else '', recipe.families)}"

@@ -22,6 +22,7 @@ from monologue.cli import main
 from monologue.commands import named_task
 from monologue.tasks.hops import VOCABULARY, Hops
 from monologue.traces.store import RunReader, RunWriter
+from monologue.training.claims import spend, spent
 from monologue.training.internalise import Lesson, Objective, internalisation, left, lesson
 from monologue.training.latent import Latent, endless, internalise
 from monologue.training.rationales import RationaleError, of_problem, of_run
@@ -197,6 +198,25 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(speaker: Path, tmp_path: Path
     first, second = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (tmp_path / "whole" / "curve.jsonl").read_text() == (tmp_path / "killed" / "curve.jsonl").read_text()
+
+
+def test_processor_seconds_are_those_of_all_lives(speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed life noted is there for the next one, and for the card; a training that begins anew begins at nothing."""
+    recipe, now = Latent.read(FAST), iter(range(0, 100_000, 1000))
+    with monkeypatch.context() as clock:
+        clock.setattr("monologue.training.latent.time.process_time", lambda: float(next(now)))
+        with pytest.raises(KeyboardInterrupt):
+            trained(recipe, speaker, tmp_path / "out", dies_after=6 * recipe.batch)
+        assert spent(tmp_path / "out") == 1000.0, "noted at the end of its first stage"
+        trained(recipe, speaker, tmp_path / "out", resume=True)
+        assert spent(tmp_path / "out") == 1000.0 + 3000.0, "at the ends of two more, and of all"
+    told = tmp_path / "recipe.toml"
+    told.write_text(f'task = "hops"\nmodel = "{speaker}"\nsteps = [1, 1]\nbatch = 2\npartial = true\nexamined = 2\n')
+    for noted, words in ((0, []), (50_000, ["--resume"])):
+        if noted:
+            spend(float(noted), tmp_path / "card")
+        assert main(["train", "latent", str(told), "--out", str(tmp_path / "card"), *words]) == 0
+        assert noted < json.loads((tmp_path / "card" / "card.json").read_text())["cpu_seconds"] < noted + 50_000
 
 
 def test_training_moves_the_language_model_and_leaves_the_tower(speaker: Path, tmp_path: Path) -> None:

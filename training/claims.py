@@ -9,6 +9,7 @@ leaves its folder to the mended one. A training that was killed keeps it: the sa
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from monologue.training.recipe import RecipeError
 STATE = "trainer"
 """Folder beside the result of what a resume needs."""
 RECIPE = "recipe.json"
+SPENT = "cpu_seconds.json"
+"""File in STATE: processor seconds of all lives of a training so far."""
 TAKEN = {"run.json": "a run of traces", "config.json": "a policy"}
 """Files that tell of other work."""
 
@@ -74,3 +77,17 @@ def _whole(file: Path) -> bool:
         return bool(json.loads(file.read_text())["global_step"])
     except (FileNotFoundError, json.JSONDecodeError):
         return False
+
+
+def spent(out: Path) -> float:
+    """Processor seconds that earlier lives of the training in ``out`` noted; 0.0 where none did."""
+    file = out / STATE / SPENT
+    return float(json.loads(file.read_text())) if file.is_file() else 0.0
+
+
+def spend(seconds: float, out: Path) -> None:
+    """Notes the processor seconds of all lives so far."""
+    part = out / STATE / f"{SPENT}.part"
+    part.parent.mkdir(exist_ok=True)
+    part.write_text(json.dumps(seconds))
+    os.replace(part, out / STATE / SPENT)

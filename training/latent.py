@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ from monologue.backends.perception.ivtlr import LatentReasoner
 from monologue.backends.perception.modes import MODES, Mode
 from monologue.backends.perception.prompts import Prompts, prompts
 from monologue.tasks.corpora import CORPORA
-from monologue.training.claims import STATE, claim, latest, taken
+from monologue.training.claims import STATE, claim, latest, spend, spent, taken
 from monologue.training.internalise import Lesson, Objective, internalisation
 from monologue.training.loop import StreamTrainer, arguments
 from monologue.training.muon import MuonAdamW
@@ -215,6 +216,7 @@ def internalise(
     claim(settled, Path(out), resume)
     training = _Training(recipe, checkpoint, lessons, Path(out), embed, after)
     training.check(lessons(0))
+    training.before = spent(Path(out)) if resume else 0.0
     with taken(settled, Path(out), CURVE):
         return training.run(latest(Path(out) / STATE) if resume else None, more)
 
@@ -242,6 +244,8 @@ class _Training:
         self.model = _Learner(checkpoint, recipe.frozen)
         self.reasoner = LatentReasoner(checkpoint.model, recipe.as_mode())
         self.lines: list[dict[str, Any]] = []
+        self.before, self.began = 0.0, time.process_time()
+        """Processor seconds of earlier lives, and those of this process when this one began."""
 
     def run(self, start: Path | None, more: dict[str, Any]) -> list[dict[str, Any]]:
         recipe = self.recipe
@@ -267,6 +271,7 @@ class _Training:
         dtype, model = getattr(torch, recipe.dtype), self.checkpoint.model
         save_checkpoint(self.checkpoint, self.out, model if model.dtype == dtype else copy.deepcopy(model).to(dtype))
         Habit(recipe.as_mode(), recipe.latents, self.objective.think).save(self.out)
+        self._spend()
         return self.lines
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -310,6 +315,10 @@ class _Training:
             self.lines.append(line)
             with (self.out / CURVE).open("a") as file:
                 file.write(json.dumps(line) + "\n")
+            self._spend()
+
+    def _spend(self) -> None:
+        spend(self.before + time.process_time() - self.began, self.out)
 
     def _reopen(self, done: int) -> None:
         """The curve so far, without what will be repeated."""
