@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from monologue.backends.base import Sampling, Thought
+from monologue.backends.kept import Kept, roomy
 from monologue.backends.prefixes import Prefix, Prefixes
 from monologue.backends.sampling import draw, log_distribution
 
@@ -141,7 +142,7 @@ class Decoder:
         alike = {lane.beginning: lane for lane in lanes}
         out, mask, positions = self._forward(list(alike.values()), keep=1, use_cache=True)
         following = positions.amax(dim=-1, keepdim=True).amax(dim=0, keepdim=True) + 1  # (1, B, 1)
-        batch = _Batch(lanes, out.logits[:, -1], mask, following.expand(positions.shape[0], -1, -1), out.past_key_values)
+        batch = _Batch(lanes, out.logits[:, -1], mask, following.expand(positions.shape[0], -1, -1), roomy(out.past_key_values))
         if len(alike) < len(lanes):
             places = {beginning: place for place, beginning in enumerate(alike)}
             batch.take([places[lane.beginning] for lane in lanes])
@@ -149,7 +150,7 @@ class Decoder:
 
     def _remember(self, batch: _Batch) -> None:
         """Keeps the state of lanes that are done: everything but the last sampled id was fed."""
-        plain = self._prefixes.most and all(type(layer) is DynamicLayer for layer in batch.cache.layers)
+        plain = self._prefixes.most and all(type(layer) is Kept for layer in batch.cache.layers)
         for place, lane in enumerate(batch.lanes):
             if plain and lane.affinity and lane.done:
                 fed = batch.mask[place].nonzero().squeeze(-1)  # (L)

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from monologue.backends.base import BackendError
+from monologue.backends.kept import empty
 from monologue.backends.perception.attended import Row, through
-from monologue.backends.perception.sparing import Kept, ends
+from monologue.backends.perception.sparing import ends
 
 SCALES = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 """Settings by which a family changes what its last layer says (Granite, Cohere, Gemma 2)."""
@@ -109,7 +109,7 @@ class Reader:
         if cached and model.training and any(getattr(layer, "gradient_checkpointing", False) for layer in self._model.layers):
             raise ValueError("gradient checkpointing drops keys and values; turn it off, or think(..., cached=False)")
         self._plain = self._model.config._attn_implementation != "eager"  # the eager function knows no causality but a mask's
-        self.cache: Any = Cache(layer_class_to_replicate=Kept) if cached else None
+        self.cache: Any = empty() if cached else None
         self._read: Block | None = None
 
     @property

@@ -1,13 +1,10 @@
-"""What reading block by block need not do: copy what it keeps, and compute what nobody asks for.
+"""What reading block by block need not do: compute what nobody asks for.
 
-``Kept`` holds a layer's keys and values in a buffer with room for what follows. transformers' own joins old and new by a copy of both,
-for every layer, step and word: a seventh of the time of 32 lanes (``bench/latent.py``). With gradients it must, and does here too.
+Of a prompt and of a latent step only the last place is read on. Before it the last layer has to make keys and values, but its feed-forward
+part, three quarters of its products, makes nothing there that anybody sees. What was left out: its queries and its attention at those
+places, which no family lets be taken apart from the outside.
 
-``ends`` spares most of the last layer. Of a prompt and of a latent step only the last place is read on; before it the last layer has to
-make keys and values, and its feed-forward part, three quarters of its products, makes nothing that anybody sees. What was left out: its
-queries and its attention at those places, which no family lets be taken apart from the outside.
-
-Shapes: B lanes, L places of a block, S places so far, H heads, D width.
+Shapes: B lanes, L places of a block, D width.
 """
 
 from __future__ import annotations
@@ -18,40 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
-
-SPARE = 0.5
-"""Room beyond what is needed, as a share of it, when a buffer is made."""
-
-
-class Kept(DynamicLayer):  # type: ignore[no-untyped-call]
-    """Keys and values (B, H, S, D) of one layer."""
-
-    def __init__(self, **more: Any) -> None:
-        super().__init__(**more)  # type: ignore[no-untyped-call]
-        self._room: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *more: Any, **other: Any) -> tuple[Tensor, Tensor]:
-        """All so far, with ``key_states`` and ``value_states`` (B, H, L, D) behind the rest."""
-        keys, values = self.keys, self.values
-        if torch.is_grad_enabled() or keys is None or values is None:
-            self._room = None
-            grown: tuple[Tensor, Tensor] = super().update(key_states, value_states, *more, **other)
-            return grown
-        before, after = keys.shape[-2], keys.shape[-2] + key_states.shape[-2]
-        if self._room is None or self._room[0].shape[-2] < after or self._room[0].is_inference() != torch.is_inference_mode_enabled():
-            self._room = (_roomy(keys, after), _roomy(values, after))
-        for room, new in zip(self._room, (key_states, value_states), strict=True):
-            room[..., before:after, :] = new
-        joined = (self._room[0][..., :after, :], self._room[1][..., :after, :])
-        self.keys, self.values = joined
-        return joined
-
-
-def _roomy(kept: Tensor, needed: int) -> Tensor:
-    room = kept.new_empty(*kept.shape[:-2], needed + int(SPARE * needed), kept.shape[-1])
-    room[..., : kept.shape[-2], :] = kept
-    return room
 
 
 @contextmanager
