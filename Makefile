@@ -28,8 +28,8 @@ demo: .venv/installed
 demo-latent: .venv/installed
 	$(BIN)/monologue play --task hops --graph latent:percent=0 --families hop2,hop3,hop4 --n 3 --live --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-# Two processes, a file's tests in one of them.
-TESTS := $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# Two processes, a file's tests in one of them; one that is ended by a test that hangs is not begun again.
+TESTS := $(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0
 
 test: .venv/dev
 	$(TESTS)

@@ -130,7 +130,7 @@ def earlier(run: str | Path | RunWriter, settings: Mapping[str, Any]) -> dict[tu
     if not (path / "run.json").exists():
         return found
     reader = RunReader(path, run.name if isinstance(run, RunWriter) and run.named else "*")
-    before = reader.info.get("config", {})
+    before = {"weight": 1.0, **reader.info.get("config", {})}  # older runs have no other
     other = [key for key in FIXED if key in before and key in settings and before[key] != settings[key]]
     if other and not isinstance(run, RunWriter):
         told = ", ".join(f"{key}={before[key]!r} (now {settings[key]!r})" for key in other)

@@ -68,7 +68,8 @@ def check_speaks(source: str, role: str) -> None:
         return
     told = f"{source!r} was taught to answer after latent steps ({HABIT}), and the seat {role!r} takes none"
     raise UsageError(
-        f"{told}; seat it by --graph latent:percent=0 --thinker {source}, or see what it says without by 'monologue eval latent --controls'"
+        f"{told}; it is a thinker's (play --graph latent:percent=0 --thinker, serve --thinker); what it says without its steps is told by "
+        "'monologue eval latent --controls'"
     )
 
 

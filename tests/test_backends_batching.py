@@ -44,6 +44,18 @@ async def test_concurrent_requests_share_a_batch_and_keep_their_order() -> None:
     await engine.aclose()
 
 
+async def test_a_wait_for_more_is_as_long_as_the_last_batch_of_its_own_kind_was_large() -> None:
+    run = Recorder()
+    engine = batcher(run, window=0.05)
+    await asyncio.gather(*map(engine.submit, range(32)))
+    await engine.submit("load")
+    first = asyncio.ensure_future(engine.submit(1))
+    await asyncio.sleep(0.12)  # more than one window, less than eight
+    await asyncio.gather(first, engine.submit(2))
+    assert run.batches[1:] == [["load"], [1, 2]]
+    await engine.aclose()
+
+
 async def test_batches_respect_rows_padded_tokens_and_types() -> None:
     run = Recorder()
     engine = batcher(run, window=0.05, max_batch=3, max_tokens=10)

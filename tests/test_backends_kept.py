@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from typing import Any
 
 import pytest
@@ -32,6 +33,16 @@ def test_whatever_is_done_to_it_it_holds_what_a_joined_one_holds() -> None:
 
 
 @torch.no_grad()
+def test_who_leaves_takes_the_buffer_along() -> None:
+    cache = empty()
+    for _ in range(2):
+        cache.update(torch.randn(3, 2, 8, 3), torch.randn(3, 2, 8, 3), 0)
+    room = weakref.ref(cache.layers[0].keys.untyped_storage())
+    cache.batch_select_indices(torch.tensor([2]))
+    assert room() is None and cache.layers[0].keys.untyped_storage().nbytes() == 2 * 16 * 3 * 4
+
+
+@torch.no_grad()
 def test_words_are_written_behind_what_is_kept() -> None:
     cache, places = empty(), list[int]()
     for _ in range(40):
@@ -45,13 +56,16 @@ def test_gradients_reach_what_was_joined() -> None:
     cache.update(first, first, 0)
     keys, values = cache.update(second, second, 0)
     (keys * values).sum().backward()  # type: ignore[no-untyped-call]
-    assert all(torch.equal(one.grad, 2 * one.detach()) for one in (first, second) if one.grad is not None) and first.grad is not None
+    for one in (first, second):
+        assert one.grad is not None and torch.equal(one.grad, 2 * one.detach())
 
 
 def test_layers_that_forget_stay_as_they_are() -> None:
     from transformers import Qwen2Config
 
-    config = Qwen2Config(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"], sliding_window=4, use_sliding_window=True)
+    config = Qwen2Config(
+        num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"], sliding_window=4, use_sliding_window=True
+    )
     kinds = [type(layer) for layer in roomy(DynamicCache(config=config)).layers]
     assert kinds[0] is Kept and kinds[1] is not Kept and kinds[1] is not DynamicLayer
 

@@ -343,6 +343,12 @@ def test_an_iteration_in_which_whoever_is_to_move_says_nothing_is_idle_and_a_res
         assert gap(out / "questioner", tmp_path / "whole" / "questioner") == 0.0
 
 
+def test_an_idle_iteration_is_passed_with_a_critic_too(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"trained": ["questioner", "answerer"], "alternate": 1, "max_turns": 1, "objective": {"name": "ppo"}}
+    lines = go(tmp_path, **settings, iterations=3)
+    assert [line["idle"] == 1.0 for line in lines] == [False, True, False]
+
+
 def test_a_lone_role_that_says_nothing_ends_the_run_with_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="iteration 0 has nothing that answerer said; is it a seat"):
         go(tmp_path, trained=["answerer"], max_turns=1, iterations=1)

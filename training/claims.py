@@ -3,7 +3,7 @@
 A training that writes into the folder of another loses either: so what it was begun with is written down beside its result, ``--resume``
 is refused where that is not the same to the last key, and a folder that holds somebody's work already is refused otherwise. The claim is
 staked when all else has been checked, and given up where a training fails before its first checkpoint, so that a recipe that fails at once
-leaves its folder to the mended one. A training that was killed keeps it: the same command goes on there.
+leaves its folder to the mended one. A training that was killed keeps it: ``--resume`` goes on there.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +56,19 @@ def taken(settled: Mapping[str, Any], out: Path, *made: str) -> Iterator[None]:
         yield
     except Exception:
         if RECIPE in names and latest(out / STATE) is None:
-            for path in (out / name for name in names):
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
-            if own and not any(out.iterdir()):
-                out.rmdir()
+            with suppress(OSError):  # another process may write there still; what failed is told, not this
+                _away([out / name for name in names], out if own else None)
         raise
+
+
+def _away(made: Sequence[Path], folder: Path | None) -> None:
+    for path in made:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    if folder is not None and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def latest(folder: Path) -> Path | None:

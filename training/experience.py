@@ -136,9 +136,9 @@ def spread(found: Sequence[Lesson]) -> dict[str, list[float]]:
     """The coefficients of each call's sampled ids, by span."""
     told, lengths = {}, [piece.stop - piece.start for lesson in found for piece in lesson.row.pieces]
     spans = [piece.span_id for lesson in found for piece in lesson.row.pieces]
-    values = torch.cat([lesson.part.coefficients for lesson in found])
-    for span, part in zip(spans, torch.split(values, lengths), strict=True):
-        told[span] = part.tolist()
+    values = [value for lesson in found for value in lesson.part.coefficients.tolist()]
+    for span, length in zip(spans, lengths, strict=True):
+        told[span], values = values[:length], values[length:]
     return told
 
 

@@ -27,8 +27,6 @@ from monologue.training.rows import Row
 from monologue.training.sharding import gathered, shared_out
 
 _integrations: Any = integrations
-UNTOLD = ("azure_ml", "flyte")
-"""Trackers that transformers knows, but does not always name among those that are installed."""
 Loss = Callable[[Any, Batch, float], Tensor]
 """Model, batch, number of trained ids in the step; gives the batch's part of the step's loss."""
 
@@ -227,13 +225,15 @@ def arguments(out: Path, *, steps: int, batch: int, lr: float, seed: int = 0, **
     return TrainingArguments(str(out), **{**common, **own, **more})
 
 
-def trackers(named: str | Sequence[str]) -> None:
+def trackers(named: str | Sequence[str] | None) -> None:
     """Raises RecipeError for a tracker that transformers does not know, or whose library is not installed."""
-    wanted, known = [named] if isinstance(named, str) else list(named), sorted(_integrations.INTEGRATION_TO_CALLBACK)
-    if wanted in (["all"], ["none"]):
+    wanted, known = [named] if isinstance(named, str) else list(named or ()), sorted(_integrations.INTEGRATION_TO_CALLBACK)
+    if wanted in ([], ["all"], ["none"]):
         return
     if unknown := [name for name in wanted if name not in known]:
         raise RecipeError(f"expected trackers of {', '.join(known)} in report_to, got {unknown[0]!r}")
-    there = {*_integrations.get_available_reporting_integrations(), *UNTOLD}
+    there = set(_integrations.get_available_reporting_integrations())
+    for name, found in (("azure_ml", _integrations.is_azureml_available), ("flyte", _integrations.is_flytekit_available)):
+        there |= {name} if found() else set()  # transformers does not name these two among those that are installed
     if missing := [name for name in wanted if name not in there]:
         raise RecipeError(f"the tracker {missing[0]!r} of report_to is not installed here; install its library, or leave it out")

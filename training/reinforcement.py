@@ -202,6 +202,9 @@ class Reinforcement(BaseModel):
                 raise ValueError(f"{key} belongs to credit={kind!r}, got {key}={getattr(self, key)!r} with credit={self.credit!r}")
         if self.credit == COUNTERFACTUAL in self.rewards:
             raise ValueError(f"credit={self.credit!r} is told from the reward of that name already; leave it out of rewards")
+        if self.credit == COUNTERFACTUAL and SCORE in self.rewards:
+            told = f"credit={self.credit!r} counts a question by the probability of the right conclusion"
+            raise ValueError(f"{told}, so the weight of {SCORE!r} would be ignored there; leave it out of rewards")
         if self.runs and "proof" in self.model_fields_set and not self.objective.ratios:
             raise ValueError(f"{self.objective.name} forms no ratios, so nothing is replayed and proof={self.proof!r} would be ignored")
         if useless:
