@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     GPT2Config,
@@ -129,6 +131,23 @@ def test_the_last_layer_computes_the_ends_of_blocks_and_words_alone(models: dict
     assert [length for _, length in rows[len(layers) - 1 :: len(layers)]] == [1, 1, 1, words]
     assert all(length > 1 for _, length in rows[:: len(layers)])
     assert not any(layer.mlp._forward_hooks or layer.mlp._forward_pre_hooks for layer in layers)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma", "Phi", "Glm4", "Olmo2", "Starcoder2", "Mixtral", "Qwen2Moe", "Qwen3Moe"])
+def test_text_models_of_other_families_say_the_same_where_work_is_spared(name: str) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    with warnings.catch_warnings(action="ignore"):  # what a family has no use for
+        config = getattr(transformers, f"{name}Config")(**sizes, **more, max_position_embeddings=128, moe_intermediate_size=16)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval().requires_grad_(False)
+    mixture = "experts" in repr(model)  # such models know no float64
+    model = model if mixture else model.double()
+    given = [Asked(tuple(range(3, 3 + length))) for length in (9, 6, 4)]
+    mode = replace(MODES["ours"], patches="none")
+    (spared, said), (plain, same) = (run(model, mode, given, [2, 1, 2], cached=cached) for cached in (True, False))
+    far = 1e-5 if mixture else CLOSE
+    assert float((said - same).abs().max()) < far and float((spared.states[0] - plain.states[0]).abs().max()) < far
 
 
 @pytest.mark.parametrize("inference", [True, False])
