@@ -68,7 +68,7 @@ def check_speaks(source: str, role: str) -> None:
         return
     told = f"{source!r} was taught to answer after latent steps ({HABIT}), and the seat {role!r} takes none"
     raise UsageError(
-        f"{told}; it is a thinker's (play --graph latent:percent=0 --thinker, serve --thinker); what it says without its steps is told by "
+        f"{told}; seat it by play --graph latent:percent=0 --thinker {source} or serve --thinker, or see what it says without by "
         "'monologue eval latent --controls'"
     )
 

@@ -195,7 +195,7 @@ def test_a_thinker_is_not_seated_where_it_would_answer_without_thoughts(
     ):
         assert main(words) == 2, words
         told = capsys.readouterr().err
-        assert f"the seat 'answerer' takes none; seat it by --graph latent:percent=0 --thinker {thinker}" in told
+        assert f"the seat 'answerer' takes none; seat it by play --graph latent:percent=0 --thinker {thinker} or serve --thinker" in told
     assert not (tmp_path / "run").exists()
     quiet = shutil.copytree(thinker, tmp_path / "quiet")
     Habit(Mode(k=3), 0).save(quiet)
